@@ -1,0 +1,1 @@
+"""Honest numbers and search: ranks without sorting, metrics, an index, reports."""

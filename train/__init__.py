@@ -1,0 +1,1 @@
+"""Light heads learned on the cache: towers, losses, the loop."""
