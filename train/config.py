@@ -17,7 +17,8 @@ class TowerConfig:
         default=(), metadata={"help": "encoder outputs with many parts a row (grid, tokens); empty: none"}
     )
     aggregator: AggregatorName = field(
-        default="attention", metadata={"help": "how parts become one vector: mean, max, attention, gpo, netvlad"}
+        default="attention",
+        metadata={"help": "how parts become one vector: mean, max, attention, gpo, netvlad"},
     )
     heads: int = field(default=4, metadata={"help": "heads of the attention aggregator"})
     clusters: int = field(default=16, metadata={"help": "centres of the netvlad aggregator (quantization form A)"})
@@ -32,12 +33,8 @@ class ModelConfig:
     """Two towers that meet in one space."""
 
     dim: int = field(default=512, metadata={"help": "dimensions of the joint space"})
-    normalise: bool = field(
-        default=True, metadata={"help": "embeddings on the unit sphere; otherwise free Euclidean"}
-    )
-    shared_codebook: bool = field(
-        default=False, metadata={"help": "one set of netvlad centres for both towers (LESS)"}
-    )
+    normalise: bool = field(default=True, metadata={"help": "embeddings on the unit sphere; otherwise free Euclidean"})
+    shared_codebook: bool = field(default=False, metadata={"help": "one set of netvlad centres for both towers (LESS)"})
     image: TowerConfig = field(default_factory=lambda: TowerConfig(signed_sqrt=True))
     text: TowerConfig = field(default_factory=lambda: TowerConfig(vectors=("sentence",)))
 
@@ -47,7 +44,8 @@ class MarginConfig:
     """The hinge's margin, in squared distance (METHODS: LESS 4)."""
 
     form: Literal["fixed", "A", "B", "C"] = field(
-        default="A", metadata={"help": "fixed; A follows the gap; B per pair from caption similarity; C = A times B"}
+        default="A",
+        metadata={"help": "fixed; A follows the gap; B per pair from caption similarity; C = A times B"},
     )
     start: float = field(default=0.2, metadata={"help": "the fixed margin, m0 of form B, first value of form A"})
     weight: float = field(default=0.5, metadata={"help": "form A: share of the running gap d2_neg - d2_pos"})
@@ -61,9 +59,7 @@ class HingeConfig:
     """Hinge over squared distances."""
 
     mining: Literal["hardest", "all"] = field(default="hardest", metadata={"help": "negatives that count"})
-    warmup: float = field(
-        default=0.1, metadata={"help": "share of training on all negatives before mining starts"}
-    )
+    warmup: float = field(default=0.1, metadata={"help": "share of training on all negatives before mining starts"})
     margin: MarginConfig = field(default_factory=MarginConfig)
 
 
@@ -93,8 +89,14 @@ class QuantizationConfig:
     commitment: float = field(default=0.25, metadata={"help": "beta, pull of an embedding to its codeword"})
     entropy: float = field(default=0.1, metadata={"help": "gamma, reward for using every codeword"})
     agreement: float = field(default=0.1, metadata={"help": "weight of assignment agreement between modalities"})
-    tau_start: float = field(default=1.0, metadata={"help": "temperature of soft codes at the start"})
-    tau_end: float = field(default=0.1, metadata={"help": "temperature of soft codes at the end"})
+    tau_start: float = field(
+        default=0.05, metadata={"help": "temperature of soft codes at the start, in d2 within one sub-space"}
+    )
+    tau_end: float = field(default=0.005, metadata={"help": "temperature of soft codes at the end"})
+    rank_codes: bool = field(
+        default=False,
+        metadata={"help": "the ranking term sees decoded codes (straight-through), not embeddings"},
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ class TrainConfig:
     seed: int = field(default=0, metadata={"help": "initial weights, order of the epochs, dropout"})
     workers: int = field(
         default=1, metadata={"help": "Ray Train workers; 0: plain, in this process, with the same numbers"}
+    )
+    cpus_per_worker: int = field(
+        default=2, metadata={"help": "CPU cores of each Ray Train worker, if there are as many"}
     )
     gpu: bool = field(default=False, metadata={"help": "one GPU for each worker"})
     max_failures: int = field(default=3, metadata={"help": "how often Ray Train restarts killed workers"})

@@ -1,0 +1,1 @@
+"""Where images and captions come from: one file per source of `Sample`s; `load` chooses and checks."""

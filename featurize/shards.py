@@ -1,0 +1,277 @@
+"""The shard format: a webdataset tar that is also an array.
+
+A column (one output of one frozen network over a data set) is a folder of shards `000000.tar`, `000001.tar`, ...
+Each shard is a plain POSIX ustar file, so `webdataset.WebDataset(shard).decode()` reads it, and it holds nothing but
+one `.npy` member for each row, in row order:
+
+    512 bytes   tar header: name `<key>.npy`, mode 0644, owner 0, mtime 0 (equal input gives equal bytes)
+    128 bytes   npy header, version 1.0
+    n bytes     the row, C order, little endian
+    0-511       zeros up to a multiple of 512
+
+*Fixed* columns: every row has the same shape, hence every member the same size (the stride), hence row i begins at
+byte `i * stride + 640`, and the shard opens as one strided array over the mapped file, with nothing to convert.
+*Ragged* columns (tokens): rows are (L_i, D) with L_i >= 0; `<shard>.idx.npy` beside the tar, (rows, 2) int64, holds the
+byte at which row i's values begin and L_i. It can be rebuilt from the tar alone.
+
+A key is the row's id with everything but letters, digits, `_` and `-` percent-encoded (so it is never a path, and
+webdataset splits it from its extension at the right dot); a caption's key is its image's key, `~` and its number.
+Ids too long for a tar header are cut and end in `~~` and 32 hex digits of their sha256.
+"""
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+_BLOCK = 512
+_KEY_LENGTH = 80  # a tar header holds 100 bytes: the key, `~`, a caption's number, `.npy`
+
+
+class ShardError(ValueError):
+    """A shard is not what its manifest or this format says."""
+
+
+def row_key(image_id: str, caption: int | None = None) -> str:
+    """The tar key of an image's row, or of its caption-th caption's row."""
+    key = re.sub(
+        rb"[^A-Za-z0-9_-]",
+        lambda match: b"%%%02X" % match[0][0],
+        image_id.encode("utf-8", "surrogatepass"),
+    ).decode("ascii")
+    if len(key) > _KEY_LENGTH:
+        digest = hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        key = f"{key[: _KEY_LENGTH - 34]}~~{digest}"
+    return key if caption is None else f"{key}~{caption}"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other process writes to, on this machine or another."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all: temporary name, fsync, rename."""
+    temporary = temporary_name(path)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+class _HashingFile:
+    """A file that knows the sha256 and the length of what was written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.length = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.length += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """What was written: `rows` members, `size` bytes, `sha256` of the tar."""
+
+    rows: int
+    size: int
+    sha256: str
+
+
+def write_shard(path: Path, keys: Sequence[str], rows: Iterable[Array], *, ragged: bool = False) -> ShardFile:
+    """Write one shard whole or not at all.
+
+    Args:
+        path: the `.tar` to publish; a ragged column's index is published before it, beside it.
+        keys: one key a row, from `row_key`.
+        rows: one array a row; of equal shape and dtype, except that ragged rows, (L_i, D), differ in L_i.
+        ragged: whether rows differ in length.
+
+    Raises:
+        ShardError: rows of different shape or dtype, or not as many rows as keys.
+    """
+    temporary = temporary_name(path)
+    index = np.zeros((len(keys), 2), np.int64)
+    first: Array | None = None
+    count = 0
+    with temporary.open("wb") as raw:
+        file = _HashingFile(raw)
+        with tarfile.open(fileobj=cast("Any", file), mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, row in zip(keys, rows, strict=True):
+                first = row if first is None else first
+                same = row.shape[1:] == first.shape[1:] if ragged else row.shape == first.shape
+                if not same or row.dtype != first.dtype:
+                    raise ShardError(
+                        f"{path}: row {count} ({key}) is {row.dtype}{row.shape}, "
+                        f"but row 0 is {first.dtype}{first.shape}; one column holds one shape"
+                    )
+                buffer = io.BytesIO()
+                np.lib.format.write_array(buffer, np.ascontiguousarray(row), version=(1, 0))
+                info = tarfile.TarInfo(f"{key}.npy")
+                info.size = buffer.tell()
+                index[count] = file.length + _BLOCK + info.size - row.nbytes, len(row) if row.ndim else 0
+                buffer.seek(0)
+                tar.addfile(info, buffer)
+                count += 1
+        raw.flush()
+        os.fsync(raw.fileno())
+    if ragged:
+        buffer = io.BytesIO()
+        np.save(buffer, index)
+        publish(path.with_suffix(".idx.npy"), buffer.getvalue())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+    return ShardFile(count, file.length, file.sha256.hexdigest())
+
+
+def _npy_header(data: Array, start: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Shape, dtype and first data byte of the npy member whose tar header begins at `start`."""
+    stream = io.BytesIO(data[start + _BLOCK : start + 2 * _BLOCK].tobytes())
+    np.lib.format.read_magic(stream)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran:
+        raise ShardError("members must be in C order")
+    return shape, dtype, start + _BLOCK + stream.tell()
+
+
+def _key_at(data: Array, start: int) -> str:
+    return data[start : start + 100].tobytes().split(b"\0", 1)[0].decode("utf-8").removesuffix(".npy")
+
+
+class Shard:
+    """A mapped shard: rows without reading the tar.
+
+    Attributes:
+        array: (rows, *shape) strided view of the mapped file (fixed columns only).
+    """
+
+    def __init__(self, path: Path, rows: int, *, ragged: bool = False) -> None:
+        self.path = path
+        self.rows = rows
+        self.index: Array | None = None
+        try:
+            self._data: Array = np.memmap(path, np.uint8, "r")
+            shape, self.dtype, begin = _npy_header(self._data, 0)
+            if ragged:
+                self.index = np.load(path.with_suffix(".idx.npy"), allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ShardError(
+                f"{path}: cannot be opened as a shard ({error}); `python -m pipeline cache verify` tells more"
+            ) from error
+        self.shape = tuple(shape[1:]) if ragged else tuple(shape)
+        if self.index is not None:
+            row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
+            ends = self.index[:, 0] + self.index[:, 1] * row_bytes
+            if len(self.index) != rows or (rows and int(ends.max()) > len(self._data)):
+                raise ShardError(f"{path}: {len(self.index)} rows indexed in {len(self._data)} bytes, expected {rows}")
+            self._words: Array = self._data[: len(self._data) // self.dtype.itemsize * self.dtype.itemsize].view(
+                self.dtype
+            )
+            return
+        length = int(np.prod(shape)) * self.dtype.itemsize
+        self.stride = -(-(begin + length) // _BLOCK) * _BLOCK
+        if len(self._data) < rows * self.stride:
+            raise ShardError(
+                f"{path}: {len(self._data)} bytes hold fewer than the {rows} rows of {self.stride} bytes "
+                "that its manifest promises; it was cut or belongs to another column"
+            )
+        table = self._data[: rows * self.stride].reshape(rows, self.stride)
+        self.array: Array = table[:, begin : begin + length].view(self.dtype).reshape(rows, *shape)
+
+    def key(self, row: int) -> str:
+        """The tar key of a row."""
+        if self.index is None:
+            return _key_at(self._data, row * self.stride)
+        header = 128 + _BLOCK  # the npy header of (L, D) is 128 bytes for every L below 10**9
+        return _key_at(self._data, int(self.index[row, 0]) - header)
+
+    def ragged_row(self, row: int) -> Array:
+        """Row of a ragged column, (L, D), a view of the mapped file."""
+        assert self.index is not None
+        begin, length = (int(value) for value in self.index[row])
+        width = int(np.prod(self.shape))
+        first = begin // self.dtype.itemsize
+        return self._words[first : first + length * width].reshape(length, *self.shape)
+
+
+class Column:
+    """One encoder output over a whole data set: shards end to end, rows by number.
+
+    Attributes:
+        name: as in the cache, e.g. "efficientnet-lite0.pooled".
+        rows: number of rows.
+        shape: of a row; of one part of it where `ragged`.
+        ragged: whether rows are (L_i, *shape).
+    """
+
+    def __init__(self, name: str, folder: Path, shard_rows: Sequence[int], *, ragged: bool = False) -> None:
+        self.name = name
+        self.folder = folder
+        self.ragged = ragged
+        self.shards = [
+            Shard(folder / f"{number:06d}.tar", rows, ragged=ragged) for number, rows in enumerate(shard_rows)
+        ]
+        self.starts = np.concatenate([[0], np.cumsum(shard_rows)]).astype(np.int64)
+        self.rows = int(self.starts[-1])
+        shapes = {(shard.shape, shard.dtype.str) for shard in self.shards}
+        if len(shapes) != 1:
+            raise ShardError(f"{folder}: shards of different shape or dtype: {sorted(shapes)}; expected one")
+        self.shape = self.shards[0].shape
+        self.dtype = self.shards[0].dtype
+
+    def _split(self, rows: Array) -> Iterable[tuple[Shard, Array, Array]]:
+        """Rows of one shard at a time: the shard, rows inside it, their places in the answer."""
+        owner = np.searchsorted(self.starts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        owners, firsts = np.unique(owner[order], return_index=True)
+        for shard, places in zip(owners, np.split(order, firsts[1:]), strict=True):
+            yield self.shards[shard], rows[places] - self.starts[shard], places
+
+    def gather(self, rows: Array) -> Array:
+        """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""
+        out = np.empty((len(rows), *self.shape), self.dtype)
+        for shard, inside, places in self._split(rows):
+            out[places] = shard.array[inside]
+        return out
+
+    def gather_padded(self, rows: Array) -> tuple[Array, Array]:
+        """Rows of a ragged column, zero-padded: (N,) int64 -> (N, K, *shape), mask (N, K), K = longest, at least 1."""
+        parts: list[tuple[Array, int]] = []
+        for shard, inside, places in self._split(rows):
+            parts.extend((shard.ragged_row(int(row)), int(place)) for row, place in zip(inside, places, strict=True))
+        longest = max([1, *(len(part) for part, _ in parts)])
+        out = np.zeros((len(rows), longest, *self.shape), self.dtype)
+        mask = np.zeros((len(rows), longest), np.bool_)
+        for part, place in parts:
+            out[place, : len(part)] = part
+            mask[place, : len(part)] = True
+        return out, mask

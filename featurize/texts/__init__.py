@@ -1,0 +1,27 @@
+"""Frozen networks that describe captions, opened by a reference such as "minilm"."""
+
+from featurize.encoder import Precision, TextEncoder
+
+
+def open_text_encoder(reference: str, precision: Precision = "bfloat16", device: str = "cpu") -> TextEncoder:
+    """Opens a frozen text encoder.
+
+    Args:
+        reference: "minilm" (all-MiniLM-L6-v2, installed with the project), or
+            "transformers:FOLDER-OR-HUB-NAME", see `featurize.texts.tokens`.
+        precision: of the forward pass. Where the device has no bfloat16 it is float32; the card tells.
+        device: where the network runs, e.g. "cpu", "cuda".
+
+    Raises:
+        ValueError: unknown reference, or a checkpoint that cannot be used.
+        FileNotFoundError: a checkpoint that is neither stored nor reachable; the message says what to do.
+    """
+    if reference != "minilm" and not reference.startswith("transformers:"):
+        nearest = "transformers:" if reference.startswith("t") else "minilm"
+        raise ValueError(
+            f"unknown text encoder {reference!r}, the nearest is {nearest!r}; expected minilm or "
+            "transformers:FOLDER-OR-HUB-NAME"
+        )
+    from featurize.texts.tokens import open_tokens
+
+    return open_tokens(reference, precision, device)

@@ -1,0 +1,405 @@
+"""The command line: `python -m pipeline --help`.
+
+Parses, resolves settings and hands over to `pipeline.stages`. Only light modules are imported at the top, so
+that help and mistakes are answered at once. A user's mistake ends in `error: ...` and exit code 2, never in a
+traceback; anything unexpected keeps its traceback.
+"""
+
+import argparse
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from evaluate.config import EvaluateConfig
+from pipeline.config import (
+    CONFIG_FILE,
+    ConfigError,
+    RunConfig,
+    did_you_mean,
+    dump_yaml,
+    find_run,
+    keys,
+    load_yaml,
+    merge,
+)
+from pipeline.recipes import RECIPES, resolve
+
+PROGRAM = "python -m pipeline"
+COMMAND_LINE = "command line"
+
+OVERVIEW = """\
+isthmus joins images and text. Frozen networks describe each image and caption once (featurize); light heads
+learned on these cached features place both in one space where distance is meaning (train); the result is
+measured (evaluate) and searched (search). `run` does all of it, and skips what is already done.
+
+A run is a method (recipe) times a data set. The data set `scenes` is drawn on the spot: no download.
+"""
+
+EXAMPLES = f"""\
+examples:
+  {PROGRAM} run less
+      the whole road on the data set `scenes`, on this machine
+  {PROGRAM} run less --dataset flickr8k --root data/flickr8k --train.lr 5e-4
+      another data set, and one setting changed
+  {PROGRAM} search latest "two dogs in the snow" --page found.html
+      the images that match a text, by the run that was started last
+  {PROGRAM} train --resume latest
+      go on with a training that was interrupted
+  {PROGRAM} submit run less --dataset coco --root /shared/coco --address http://127.0.0.1:8265
+      the same run as a job on a Ray cluster
+
+`{PROGRAM} COMMAND --help` explains a command; that of `run` lists all methods and settings.
+"""
+
+METHOD_HELP = "a method's name (see `run --help`) or a YAML file: changes to one, or a run's config.yaml"
+RUN_HELP = "a run's folder, its name below --runs, or latest"
+
+SUBMIT_HELP = """
+
+Settings are resolved and checked here; they and the sources (not the data) are sent. --root, --cache and
+--runs are made absolute and must name storage that every node sees. Ctrl-C stops following, not the job. The
+exit code is 0 if the job succeeded.
+
+Without --address the head is RAY_API_SERVER_ADDRESS, RAY_ADDRESS if that is a URL, or http://127.0.0.1:8265
+(`ray dashboard cluster.yaml` forwards it). For a head that asks for a token, set RAY_AUTH_MODE=token here too
+and put the token into RAY_AUTH_TOKEN or ~/.ray/auth_token.
+MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are passed on; passwords and tokens are not.
+"""
+
+USER_ERRORS = {
+    "evaluate.index": "IndexFileError",
+    "evaluate.ranks": "EvaluationError",
+    "featurize.cache": "CacheError",
+    "featurize.datasets.sample": "DataError",
+    "featurize.images.decode": "DecodeError",
+    "featurize.shards": "ShardError",
+    "pipeline.config": "ConfigError",
+    "pipeline.jobs": "JobError",
+    "pipeline.tracking": "TrackingError",
+    "train.state": "StateError",
+}
+"""The errors that are answers to the user, by their modules."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake in one line, with the nearest option for an unknown one."""
+
+    keeps_unknown = False
+    """Whether unknown arguments are left to the caller."""
+
+    def parse_known_args(  # type: ignore[override]  # argparse's overloads serve foreign namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Also refuses unknown arguments, where the parser that knows the options can still be asked."""
+        parsed, rest = super().parse_known_args(args, namespace)
+        if rest and not self.keeps_unknown:
+            self.refuse(rest[0].partition("=")[0])
+        return parsed, rest
+
+    def refuse(self, argument: str) -> NoReturn:
+        """Ends with an error about an argument that nobody knows."""
+        if not argument.startswith("--"):
+            self.error(f"unexpected argument {argument!r}")
+        names = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        self.error(f"unknown option {argument}; {did_you_mean(argument[2:], names, '--')}".removesuffix("; "))
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message, and where to read more; exit code 2."""
+        print(f"error: {message}\n`{self.prog} --help` explains", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> _Parser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND ...",
+        description=OVERVIEW,
+        epilog=EXAMPLES,
+        formatter_class=_layout,
+        allow_abbrev=False,
+    )
+    parser.keeps_unknown = True
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, usage: str, summary: str, more: str = "") -> _Parser:
+        added: _Parser = commands.add_parser(
+            name,
+            help=summary,
+            prog=f"{PROGRAM} {name}",
+            usage=f"{PROGRAM} {name} {usage}",
+            description=f"{summary[0].upper()}{summary[1:]}.{more}",
+            formatter_class=_layout,
+            allow_abbrev=False,
+        )
+        return added
+
+    run = add("run", "METHOD [--key value ...]", "featurize, train, evaluate and report", _methods_text())
+    _add_method(run, required=True, list_keys=True)
+    run.set_defaults(command=_run)
+
+    featurize = add("featurize", "METHOD [--key value ...]", "extract and cache the features that a method needs")
+    _add_method(featurize, required=True)
+    featurize.set_defaults(command=_featurize)
+
+    train = add(
+        "train",
+        "METHOD [--key value ...] | --resume RUN",
+        "learn on cached features, extracting nothing; or continue an interrupted run",
+    )
+    _add_method(train, required=False)
+    train.add_argument("--resume", metavar="RUN", help=f"continue this run: {RUN_HELP}")
+    train.set_defaults(command=_train)
+
+    evaluate = add("evaluate", "RUN [--split NAME] [--protocol NAME]", "measure a run's model")
+    _add_run(evaluate)
+    evaluate.add_argument("--split", metavar="NAME", help="another split than the run's own, such as test")
+    evaluate.add_argument(
+        "--protocol",
+        choices=get_args(get_type_hints(EvaluateConfig)["protocol"]),
+        help="another protocol than the run's own: auto, full, coco",
+    )
+    evaluate.set_defaults(command=_evaluate)
+
+    search = add("search", "RUN QUERY... [--k 5] [--page FILE.html]", "find images by text, or texts by image")
+    _add_run(search)
+    search.add_argument("queries", nargs="+", metavar="QUERY", help="a text, or the file of a picture")
+    search.add_argument("--k", type=_count, default=5, metavar="N", help="answers for each query; default 5")
+    search.add_argument(
+        "--page", type=Path, metavar="FILE", help="also write the answers as one HTML page with pictures"
+    )
+    search.set_defaults(command=_search)
+
+    cache = add("cache", "ls|verify [CACHE]", "list the feature cache, or check it against its manifests")
+    cache.add_argument(
+        "action",
+        choices=("ls", "verify"),
+        help="ls: what is there; verify: compare it with the manifests, exit code 1 if anything differs",
+    )
+    cache.add_argument("cache", nargs="?", default=RunConfig.cache, help="the cache; default %(default)s")
+    cache.set_defaults(command=_cache)
+
+    submit = add(
+        "submit",
+        "run|featurize|train ... [--address URL]",
+        "send run, featurize or train as a job to a Ray cluster",
+        SUBMIT_HELP,
+    )
+    submit.keeps_unknown = True
+    submit.add_argument("--address", metavar="URL", help="the head's dashboard; see below")
+    submit.add_argument("--python", default="python", help="the cluster's Python; default %(default)s")
+    submit.add_argument("--no-wait", action="store_true", help="do not follow the job's log")
+    submit.set_defaults(command=_submit)
+    return parser
+
+
+def _layout(prog: str) -> argparse.RawDescriptionHelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
+
+
+def _methods_text() -> str:
+    """The methods with their descriptions, and what each changes in the defaults."""
+    lines = ["", "", "methods:"]
+    for name, recipe in RECIPES.items():
+        plain = {key.name: key.value for key in keys(RunConfig())}
+        changed = [key for key in keys(recipe.config) if key.value != plain[key.name]]
+        text = f"{recipe.description} Changes: {', '.join(f'{key.name} {key.value}' for key in changed)}."
+        lines += [
+            f"  {name}",
+            *textwrap.wrap(text, 104, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False),
+        ]
+    return "\n".join(lines)
+
+
+def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> None:
+    """METHOD, --config and every setting; the settings are shown in one command's help only."""
+    parser.add_argument("recipe", nargs=None if required else "?", metavar="METHOD", help=METHOD_HELP)
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a YAML file with changes to the method; may be repeated, and --key value comes after it",
+    )
+    if not list_keys:
+        parser.epilog = f"`--key value` changes a setting; `{PROGRAM} run --help` lists them all."
+    short = {"data.dataset": "--dataset", "data.root": "--root"}
+    groups: dict[str, Any] = {}
+    for key in keys(RunConfig()):
+        if key.section not in groups:
+            groups[key.section] = parser.add_argument_group(key.section)
+        text = f"{key.help}; default {key.value or 'empty'}".replace("%", "%%")
+        groups[key.section].add_argument(
+            *filter(None, (short.get(key.name), f"--{key.name}")),
+            dest=key.name,
+            default=argparse.SUPPRESS,
+            metavar=key.type,
+            help=text if list_keys else argparse.SUPPRESS,
+        )
+
+
+def _add_run(parser: _Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("--runs", default=RunConfig.runs, metavar="DIR", help="the folder of runs; default %(default)s")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of 1 or more")
+    return int(text)
+
+
+def _settings(args: argparse.Namespace) -> RunConfig:
+    """The method's settings, changed by --config files in their order, then by --key value."""
+    config = resolve(args.recipe)
+    for file in args.config:
+        config = merge(config, load_yaml(file), file)
+    return merge(config, _changes(args), COMMAND_LINE)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, str]:
+    names = {key.name for key in keys(RunConfig())}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+@contextmanager
+def _interruptible(config: RunConfig) -> Iterator[None]:
+    """Lets Ctrl-C say how to go on: with the run that has just been started, or with the same command."""
+    before = set(Path(config.runs).glob(f"*/{CONFIG_FILE}"))
+    try:
+        yield
+    except KeyboardInterrupt:
+        started = set(Path(config.runs).glob(f"*/{CONFIG_FILE}")) - before
+        if not started:
+            raise KeyboardInterrupt("the same command goes on: finished shards are kept") from None
+        run = shlex.quote(str(started.pop().parent))
+        raise KeyboardInterrupt(f"to go on: {PROGRAM} train --resume {run}") from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = _settings(args)
+    from pipeline import stages
+
+    with _interruptible(config):
+        stages.run(config)
+    return 0
+
+
+def _featurize(args: argparse.Namespace) -> int:
+    config = _settings(args)
+    from pipeline import stages
+
+    with _interruptible(config):
+        stages.featurize(config)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.resume is not None:
+        run = _resumed(args)
+        from pipeline import stages
+
+        stages.resume(run)
+        return 0
+    if args.recipe is None:
+        raise ConfigError("train: found neither METHOD nor --resume RUN, expected one of them")
+    config = _settings(args)
+    from pipeline import stages
+
+    with _interruptible(config):
+        stages.train(config)
+    return 0
+
+
+def _resumed(args: argparse.Namespace) -> Path:
+    """The run to be continued, with its own settings and no others."""
+    changes = _changes(args)
+    runs = changes.pop("runs", RunConfig.runs)
+    others = [*filter(None, [args.recipe]), *args.config, *(f"--{name}" for name in changes)]
+    if others:
+        raise ConfigError(
+            f"--resume continues a run with its own settings: found {', '.join(others)}, "
+            "expected --resume RUN alone (or with --runs)"
+        )
+    return find_run(args.resume, runs)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    run = find_run(args.run, args.runs)
+    from pipeline import stages
+
+    stages.evaluate(run, args.split, args.protocol)
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    run = find_run(args.run, args.runs)
+    from pipeline import stages
+
+    stages.search(run, args.queries, args.k, args.page)
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from pipeline import stages
+
+    if args.action == "ls":
+        stages.cache_ls(args.cache)
+        return 0
+    return 1 if stages.cache_verify(args.cache) else 0
+
+
+def _submit(args: argparse.Namespace) -> int:
+    """Resolves here what is to run there, so that mistakes are answered before anything is sent."""
+    task, unknown = build_parser().parse_known_args(args.rest)
+    if unknown or task.command not in (_run, _featurize, _train):
+        raise ConfigError(
+            f"submit: found {shlex.join(args.rest[:2])!r}, expected run, featurize or train with arguments"
+        )
+    from pipeline import jobs
+
+    if task.command is _train and task.resume is not None:
+        argv, files = ["train", "--resume", str(_resumed(task).absolute())], {}
+    else:
+        config = jobs.absolute(_settings(task))
+        file = f"{config.name or config.method}.yaml"
+        argv, files = [args.rest[0], file, "--ray.address", "auto"], {file: dump_yaml(config)}
+    return jobs.submit(argv, args.address, files=files, python=args.python, wait=not args.no_wait)
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """The errors that are answers to the user; a module that was never imported cannot have raised one."""
+    return tuple(getattr(sys.modules[module], name) for module, name in USER_ERRORS.items() if module in sys.modules)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the arguments behind `python -m pipeline`; None: those of this process.
+
+    Returns:
+        The exit code: 0, 1 (a failed job, a cache with problems), 2 (a mistake), 130 (Ctrl-C).
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
+    if rest and args.command is not _submit:
+        parser.refuse(rest[0])
+    try:
+        return int(args.command(args))
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped; {str(stop) or 'the same command starts again'}", file=sys.stderr)
+        return 130
+    except _user_errors() as error:
+        # Ray hands on a task's error as a copy whose text is a traceback; its cause is the error itself.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

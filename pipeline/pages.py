@@ -1,0 +1,134 @@
+"""The pages of a run: what it learned, and what a search found."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluate.embed import embed_split
+from evaluate.metrics import Report
+from evaluate.report import Answer, Curve, run_page, search_page
+from evaluate.report import Hit as Shown
+from evaluate.search import Hit
+from featurize.cache import Dataset
+from featurize.datasets.sample import Sample
+from pipeline.config import RunConfig, to_dict
+from pipeline.tracking import METRICS_FILE
+from train.batches import FeatureReader
+from train.towers import DualEncoder
+
+EXAMPLES = 5
+SHOWN = 5
+
+
+def write_search_page(path: Path, run: str, answers: Sequence[tuple[str | Path, list[Hit]]]) -> None:
+    """A page with the pictures that were found for each query, a text or a picture's file."""
+    search_page(
+        path,
+        f"Search in {run}",
+        [
+            Answer(
+                query.read_bytes() if isinstance(query, Path) else query,
+                [
+                    Shown(
+                        hit.rank,
+                        hit.sample.image_id,
+                        hit.distance,
+                        hit.sample.captions[:1],
+                        _bytes(hit.sample),
+                    )
+                    for hit in hits
+                ],
+                str(query),
+            )
+            for query, hits in answers
+        ],
+    )
+
+
+def write_run_page(
+    folder: Path, config: RunConfig, reports: dict[str, Report], model: DualEncoder, reader: FeatureReader
+) -> Path:
+    """`report.html` of a run: metrics, curves, retrievals in both directions on the evaluate split, settings."""
+    path = folder / "report.html"
+    split = config.data.evaluate
+    images, captions, owner = embed_split(model, reader, split)
+    image_rows, caption_rows = reader.split(split)
+    chosen = np.linspace(0, len(image_rows) - 1, min(EXAMPLES, len(image_rows))).astype(int)
+    first_captions = [int((owner == image).nonzero()[0]) for image in chosen]
+    texts = reader.dataset.captions
+    run_page(
+        path,
+        folder.name,
+        note=f"{config.method} on {config.data.dataset}, {len(image_rows)} images of split {split}",
+        reports=reports,
+        curves=_curves(folder / METRICS_FILE),
+        text_to_image=[
+            Answer(
+                texts[caption_rows[caption]],
+                [
+                    _shown_image(reader.dataset, int(image_rows[row]), rank, d, right=row == int(owner[caption]))
+                    for rank, (row, d) in enumerate(_nearest(captions[caption], images), 1)
+                ],
+            )
+            for caption in first_captions
+        ],
+        image_to_text=[
+            Answer(
+                _bytes(reader.dataset.samples[image_rows[image]]) or "",
+                [
+                    Shown(rank, str(row), d, (texts[caption_rows[row]],), right=int(owner[row]) == image)
+                    for rank, (row, d) in enumerate(_nearest(images[image], captions), 1)
+                ],
+                reader.dataset.samples[image_rows[image]].image_id,
+            )
+            for image in chosen
+        ],
+        settings=to_dict(config),
+    )
+    return path
+
+
+def _nearest(query: Tensor, items: Tensor) -> list[tuple[int, float]]:
+    distances = torch.cdist(query[None], items)[0]
+    found = distances.topk(min(SHOWN, len(items)), largest=False)
+    return [(int(row), float(d)) for row, d in zip(found.indices, found.values, strict=True)]
+
+
+def _shown_image(dataset: Dataset, row: int, rank: int, distance: float, *, right: bool) -> Shown:
+    sample = dataset.samples[row]
+    return Shown(rank, sample.image_id, distance, sample.captions[:1], _bytes(sample), right)
+
+
+def _bytes(sample: Sample) -> bytes | None:
+    """The picture, if its file is still where it was."""
+    try:
+        return sample.read()
+    except OSError:
+        return None
+
+
+def _curves(metrics: Path) -> list[Curve]:
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
+
+    def curve(name: str, title: str, best: str) -> list[Curve]:
+        points = {line["step"]: line["metrics"][name] for line in lines if name in line["metrics"]}
+        steps = sorted(points)
+        made = Curve(
+            title,
+            "step",
+            steps,
+            [points[step] for step in steps],
+            "highest" if best == "highest" else "lowest",
+        )
+        return [made] if len(steps) > 1 else []
+
+    return [
+        *curve("val/rsum", "val rSum", "highest"),
+        *curve("train/loss", "loss", "lowest"),
+        *curve("train/margin", "margin", "highest"),
+        *curve("train/gap", "gap between negatives and positives", "highest"),
+    ]

@@ -1,0 +1,57 @@
+"""Ray for the length of a command: started here, or a cluster that is already there."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config import ConfigError, RayConfig
+
+IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the process of a submitted job, whose sources are already where workers find them."""
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Connect to Ray and let go of it at the end; a session that is open already is used as it is.
+
+    What workers print stays in Ray's logs: their errors are raised here, their progress is drawn here.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its warning
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the garbage collector
+            if address:
+                sources = {} if IN_JOB in os.environ else {"working_dir": str(Path(__file__).parents[1])}
+                ray.init(address=address, runtime_env=sources, log_to_driver=False, logging_level=logging.WARNING)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=config.cpus or None,
+                    object_store_memory=config.object_store_mb * 1024**2,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at --ray.address {address} ({error}); start one with `ray start --head`, "
+            "or leave the option out to run on this machine"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,176 @@
+import io
+import json
+import tarfile
+
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from featurize.datasets.sample import DataError, Sample
+from featurize.datasets.tar import read_tar
+
+TEXT = b"\xef\xbb\xbfone\r\n two \r\ncaf\xe9\r\n"
+
+
+def write(path, members):
+    """A tar of (name, bytes) or of ready `TarInfo`s."""
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def link(name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_members_of_one_key_are_one_sample(tmp_path):
+    path = write(
+        tmp_path / "some.tar",
+        [
+            ("a.jpg", b"pixels of a"),
+            ("a.txt", TEXT),
+            ("a.cls", b"7"),
+            ("../deep/b \u00fc.PNG", b"pixels of b"),
+            ("../deep/b \u00fc.json", json.dumps({"caption": " three ", "split": "val", "id": 12}).encode()),
+            ("c.json", json.dumps({"captions": ["four", ""], "url": "u", "caption": "not this"}).encode()),
+            ("c.webp", b"pixels of c"),
+            ("d.jpeg", b"pixels of d"),
+            ("e.json", b'\xef\xbb\xbf{"caption": null, "id": "E/e"}'),
+            ("e.jpg", b"pixels of e"),
+            ("e.txt", b"five"),
+        ],
+    )
+    samples = list(read_tar(path))
+    assert [(s.image_id, s.captions, s.split) for s in samples] == [
+        ("a", ("one", "two", "caf\udce9"), ""),
+        ("12", ("three",), "val"),
+        ("c", ("four", ""), ""),
+        ("d", (), ""),
+        ("E/e", ("five",), ""),
+    ]
+    assert {s.image for s in samples} == {str(path)}
+    assert [s.read() for s in samples] == [f"pixels of {letter}".encode() for letter in "abcde"]
+
+
+def test_keys_are_webdatasets(tmp_path):
+    members = [("x/a.b/c.jpg", b"1"), ("x/a.b/c.txt", b"one"), ("x/d.seg.txt", b"-"), ("x/d.jpg", b"2")]
+    path = write(tmp_path / "a.tar", [*members, ("x/d.txt", b"two")])
+    with path.open("rb") as stream:
+        rows = list(group_by_keys({**member, "__url__": "a.tar"} for member in tar_file_iterator(stream)))
+    theirs = [(row["__key__"], row["jpg"], row["txt"]) for row in rows]
+    ours = [(s.image_id, s.read(), s.captions[0].encode()) for s in read_tar(path)]
+    assert ours == theirs == [("x/a.b/c", b"1", b"one"), ("x/d", b"2", b"two")]
+
+
+def test_tars_of_a_folder_and_splits_by_name(tmp_path):
+    for name in ("flickr-val-0001", "flickr-train-0001", "rest"):
+        write(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"x"), (f"{name}.txt", b"one")])
+    (tmp_path / "notes.txt").touch()
+    assert [(s.image_id, s.split) for s in read_tar(tmp_path)] == [
+        ("flickr-train-0001", "train"),
+        ("flickr-val-0001", "val"),
+        ("rest", ""),
+    ]
+
+
+def test_links_folders_and_hidden_members_are_passed_over(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    folder = tarfile.TarInfo("x.jpg")
+    folder.type = tarfile.DIRTYPE
+    path = write(
+        tmp_path / "a.tar",
+        [
+            link("l.jpg", str(tmp_path / "secret.jpg"), tarfile.SYMTYPE),
+            folder,
+            (".DS_Store", b"x"),
+            ("noextension", b"x"),
+            ("._a.jpg", b"x"),
+            ("a.jpg", b"pixels"),
+            ("a.txt", b"one"),
+            link("h.jpg", "a.jpg", tarfile.LNKTYPE),
+        ],
+    )
+    assert list(read_tar(path)) == [Sample("a", str(path), ("one",), "", (4608, 6))]
+
+
+def test_names_that_are_paths_stay_names(tmp_path):
+    path = write(tmp_path / "a.tar", [("/etc/../x.jpg", b"pixels"), ("/etc/../x.txt", b"one")])
+    (sample,) = read_tar(path)
+    assert (sample.image_id, sample.image, sample.read()) == ("/etc/../x", str(path), b"pixels")
+
+
+def test_no_tar(tmp_path):
+    with pytest.raises(DataError, match=r"expected webdataset tars \(\*\.tar\), found none"):
+        list(read_tar(tmp_path))
+
+
+def test_members_apart(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"one"), ("b.txt", b"two")])
+    with pytest.raises(DataError, match=r"a\.tar: members of 'a' do not stand side by side"):
+        list(read_tar(path))
+
+
+def test_text_without_an_image(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.jp2", b"1"), ("a.txt", b"one"), ("a.json", b"{}")])
+    with pytest.raises(DataError, match=r"sample 'a': no image among its members \(\.txt, \.json\); expected one of"):
+        list(read_tar(path))
+
+
+def test_two_images_in_a_sample(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.png", b"2")])
+    with pytest.raises(DataError, match=r"member 'a\.png': 'a' has several images \(\.jpg, \.png\)"):
+        list(read_tar(path))
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        (b"{", r"member 'a\.json': not valid JSON"),
+        (b"[1]", r"member 'a\.json': expected a JSON object, found list"),
+        (b'{"captions": "one"}', r"sample 'a': 'captions' is 'one', expected list"),
+        (b'{"captions": ["one", null]}', r"sample 'a': a caption is None, expected text"),
+        (b'{"caption": 3}', r"sample 'a': a caption is 3, expected text"),
+        (b'{"id": [1]}', r"sample 'a': 'id' is \[1\], expected str or int"),
+        (b'{"split": 1}', r"sample 'a': 'split' is 1, expected str"),
+    ],
+)
+def test_json_of_another_form(tmp_path, meta, message):
+    path = write(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.json", meta)])
+    with pytest.raises(DataError, match=r"a\.tar, " + message):
+        list(read_tar(path))
+
+
+def whole_tar(tmp_path):
+    return write(tmp_path / "a.tar", [(f"{k}.{end}", b"x" * 700) for k in range(3) for end in ("jpg", "txt")])
+
+
+@pytest.mark.parametrize("size", [700, 1024 + 100, 1536, 2000, 1536 * 6])
+def test_a_tar_that_was_cut_short(tmp_path, size):
+    path = whole_tar(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"a\.tar: not a whole, uncompressed tar .*; unpack \.gz, or fetch it again"):
+        list(read_tar(path))
+
+
+def test_a_broken_header_is_not_the_end(tmp_path):
+    path = whole_tar(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[1536 * 2 : 1536 * 2 + 100] = b"?" * 100
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"no end mark at byte 3072"):
+        list(read_tar(path))
+
+
+def test_a_compressed_tar(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w:gz"):
+        pass
+    with pytest.raises(DataError, match=r"not a whole, uncompressed tar"):
+        list(read_tar(path))

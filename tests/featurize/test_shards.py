@@ -1,0 +1,149 @@
+"""The tar is the array, and still a tar."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+
+from featurize.shards import Column, Shard, ShardError, row_key, write_shard
+
+# webdataset leaves its last file to the garbage collector
+webdataset_leaves_files_open = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+def make_column(folder, counts, shape=(3, 5), dtype=np.float16):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(sum(counts), *shape)).astype(dtype)
+    start = 0
+    for number, count in enumerate(counts):
+        keys = [row_key(f"image {start + row}") for row in range(count)]
+        write_shard(folder / f"{number:06d}.tar", keys, values[start : start + count])
+        start += count
+    return Column("test", folder, counts), values
+
+
+def make_ragged(folder, counts, width=4):
+    rng = np.random.default_rng(1)
+    rows = [rng.normal(size=(length, width)).astype(np.float16) for length in [3, 0, 7, 1, 2, 9][: sum(counts)]]
+    start = 0
+    for number, count in enumerate(counts):
+        keys = [row_key("id", start + row) for row in range(count)]
+        write_shard(folder / f"{number:06d}.tar", keys, rows[start : start + count], ragged=True)
+        start += count
+    return Column("tokens", folder, counts, ragged=True), rows
+
+
+def test_gather_equals_what_was_written_in_any_order_with_repeats(tmp_path):
+    column, values = make_column(tmp_path, [4, 1, 6])
+    rows = np.array([10, 0, 4, 4, 3, 5, 9])
+    np.testing.assert_array_equal(column.gather(rows), values[rows])
+    assert (column.rows, column.shape, column.dtype) == (11, (3, 5), np.float16)
+
+
+@pytest.mark.parametrize("shape", [(1,), (48,), (192,), (2048,), (7, 7, 3), (320,)])
+def test_strides_hold_for_every_row_size(tmp_path, shape):
+    column, values = make_column(tmp_path, [3], shape)
+    np.testing.assert_array_equal(column.gather(np.arange(3)), values)
+
+
+def test_ragged_rows_are_padded_and_masked(tmp_path):
+    column, rows = make_ragged(tmp_path, [2, 4])
+    wanted = np.array([5, 1, 2])
+    padded, mask = column.gather_padded(wanted)
+    assert padded.shape == (3, 9, 4)
+    assert mask.sum(1).tolist() == [9, 0, 7]
+    for place, row in enumerate(wanted):
+        np.testing.assert_array_equal(padded[place][mask[place]], rows[row])
+        assert not padded[place][~mask[place]].any()
+
+
+@webdataset_leaves_files_open
+def test_plain_webdataset_reads_a_shard(tmp_path):
+    column, values = make_column(tmp_path, [5])
+    samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"image%20{row}" for row in range(5)]
+    np.testing.assert_array_equal(np.stack([sample["npy"] for sample in samples]), values)
+
+
+@webdataset_leaves_files_open
+def test_plain_webdataset_reads_a_ragged_shard(tmp_path):
+    _, rows = make_ragged(tmp_path, [3])
+    samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
+    for sample, row in zip(samples, rows, strict=True):
+        np.testing.assert_array_equal(sample["npy"], row)
+
+
+def test_equal_rows_give_equal_bytes(tmp_path):
+    rows = np.ones((2, 3), np.float16)
+    one = write_shard(tmp_path / "a.tar", ["x", "y"], rows)
+    two = write_shard(tmp_path / "b.tar", ["x", "y"], rows)
+    assert one == two
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("image_id", "key"),
+    [
+        ("abc_1-2", "abc_1-2"),
+        ("a/b.c", "a%2Fb%2Ec"),
+        ("..", "%2E%2E"),
+        ("100%~", "100%25%7E"),
+        ("é", "%C3%A9"),
+    ],
+)
+def test_keys_are_never_paths(image_id, key):
+    assert row_key(image_id) == key
+    assert row_key(image_id, 3) == f"{key}~3"
+
+
+def test_long_ids_stay_apart_and_fit_a_tar_header(tmp_path):
+    keys = [row_key("x" * 300 + end, 12345) for end in "ab"]
+    assert keys[0] != keys[1]
+    write_shard(tmp_path / "a.tar", keys, np.zeros((2, 2), np.float16))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames() == [f"{key}.npy" for key in keys]
+
+
+def test_a_shard_knows_its_keys(tmp_path):
+    column, _ = make_column(tmp_path, [3])
+    assert [column.shards[0].key(row) for row in range(3)] == ["image%200", "image%201", "image%202"]
+    (tmp_path / "r").mkdir()
+    ragged, _ = make_ragged(tmp_path / "r", [3])
+    assert [ragged.shards[0].key(row) for row in range(3)] == ["id~0", "id~1", "id~2"]
+
+
+def test_rows_of_another_shape_are_refused_and_nothing_is_published(tmp_path):
+    with pytest.raises(ShardError, match=r"row 1 \(b\) is float16\(4,\), but row 0 is float16\(3,\)"):
+        write_shard(tmp_path / "a.tar", ["a", "b"], [np.zeros(3, np.float16), np.zeros(4, np.float16)])
+    assert not (tmp_path / "a.tar").exists()
+
+
+def test_a_cut_shard_is_refused(tmp_path):
+    make_column(tmp_path, [5])
+    path = tmp_path / "000000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ShardError, match="fewer than the 5 rows"):
+        Column("test", tmp_path, [5])
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "000000.tar"
+    path.write_bytes(b"not a tar" * 200)
+    with pytest.raises(ShardError, match="cannot be opened as a shard"):
+        Shard(path, 1)
+
+
+def test_a_cut_ragged_shard_is_refused(tmp_path):
+    make_ragged(tmp_path, [6])
+    path = tmp_path / "000000.tar"
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(ShardError, match="rows indexed in 1500 bytes"):
+        Column("tokens", tmp_path, [6], ragged=True)
+
+
+def test_shards_of_two_shapes_are_no_column(tmp_path):
+    make_column(tmp_path, [2], (3,))
+    write_shard(tmp_path / "000001.tar", ["x"], np.zeros((1, 4), np.float16))
+    with pytest.raises(ShardError, match="different shape"):
+        Column("test", tmp_path, [2, 1])

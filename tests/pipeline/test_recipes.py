@@ -1,0 +1,58 @@
+"""Recipes: complete, findable, and replaceable by a YAML file."""
+
+import re
+
+import pytest
+
+from pipeline.config import ConfigError, RunConfig, dump_yaml, merge
+from pipeline.recipes import RECIPES, resolve
+
+
+def test_the_methods_are_what_their_papers_name():
+    less, infonce = RECIPES["less"].config, RECIPES["infonce"].config
+    assert less.train.objective.ranking == "hinge"
+    assert less.train.objective.hinge.margin.form == "A"
+    assert less.train.objective.center.weight > 0
+    assert less.train.objective.quantization.weight > 0
+    assert infonce.train.objective.ranking == "infonce"
+    assert infonce.train.objective.center.weight == infonce.train.objective.quantization.weight == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_its_name_and_a_source(name):
+    assert RECIPES[name].config.method == name
+    assert re.search(r"(19|20)\d\d", RECIPES[name].description)
+
+
+def test_a_name_resolves_to_its_recipe():
+    assert resolve("less") is RECIPES["less"].config
+
+
+def test_a_yaml_file_changes_a_recipe(tmp_path):
+    path = tmp_path / "my.yml"
+    path.write_text("recipe: infonce\ntrain:\n  lr: 0.5\n")
+    assert resolve(str(path)) == merge(RECIPES["infonce"].config, {"train.lr": 0.5}, "")
+
+
+def test_a_yaml_file_without_a_recipe_changes_the_defaults(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("method: mine\n")
+    assert resolve(str(path)) == RunConfig(method="mine")
+
+
+def test_the_config_of_a_run_repeats_it(tmp_path):
+    config = merge(RECIPES["less"].config, {"train.seed": 3, "data.dataset": "flickr8k"}, "")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    assert resolve(str(path)) == config
+
+
+def test_an_unknown_method_names_the_known_and_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"^found no method 'les', expected less, infonce or a .yaml file; did"):
+        resolve("les")
+    with pytest.raises(ConfigError, match=r"^found no method 'zzz', expected less, infonce or a .yaml file$"):
+        resolve("zzz")
+    path = tmp_path / "my.yaml"
+    path.write_text("recipe: [less]\n")
+    with pytest.raises(ConfigError, match=r"my\.yaml: found no method \"\['less'\]\""):
+        resolve(str(path))

@@ -1,0 +1,61 @@
+"""The global batch over several workers: every worker computes the whole loss on everybody's embeddings."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def world() -> tuple[int, int]:
+    """This worker's rank and the number of workers; (0, 1) outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class _GatherRows(torch.autograd.Function):
+    """All workers' rows, end to end; its gradient reaches this worker's own rows.
+
+    Each worker differentiates the same loss, and DistributedDataParallel averages over W workers what should be
+    summed: hence the factor W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        longest = max(sizes)
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        rank, _ = world()
+        ctx.own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        ctx.workers = len(sizes)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0][ctx.own] * ctx.workers, None
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows (b, E) of every worker as the global batch (B, E), in rank order, with gradient.
+
+    Args:
+        rows: this worker's.
+        sizes: rows of each worker, known to all; they may differ.
+    """
+    if len(sizes) == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows, sizes)
+    return gathered
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients that every worker computed from the same global batch, so that no rounding drifts apart."""
+    _, workers = world()
+    if workers == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= workers

@@ -1,0 +1,219 @@
+"""How the loop is driven: by Ray Train over workers, or plainly in this process with the same numbers."""
+
+import functools
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from featurize.extract import WORKER_ENV
+from featurize.shards import publish, temporary_name
+from train.batches import FeatureReader
+from train.loop import Progress, Work, train_worker
+from train.state import read_state, save_model
+
+
+class LocalCheckpoints:
+    """Checkpoints as folders `checkpoint-<step>`; each appears whole, the last two are kept.
+
+    Args:
+        folder: that holds them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def folders(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("checkpoint-*"))
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """The last one, or None."""
+        folders = self.folders()
+        yield folders[-1] if folders else None
+
+    def save(self, write: Callable[[Path], None], metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002 - the protocol's
+        """Write beside, rename, remove what is too old."""
+        target = self.folder / f"checkpoint-{step:09d}"
+        temporary = temporary_name(target)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        temporary.rename(target)
+        for old in self.folders()[:-2]:
+            shutil.rmtree(old)
+
+
+class RayCheckpoints:
+    """Checkpoints kept by Ray Train, which hands the last one to restarted workers."""
+
+    @contextmanager
+    def latest(self) -> Iterator[Path | None]:
+        """The last one, or None."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def save(self, write: Callable[[Path], None], metrics: Mapping[str, float], step: int) -> None:
+        """Report from every worker, with state from rank 0."""
+        import ray.train
+
+        values = {**metrics, "step": step}
+        if ray.train.get_context().get_world_rank() != 0:
+            ray.train.report(values)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+class ProgressFile:
+    """A progress bar whose numbers stand in a file, for another process to draw.
+
+    Args:
+        path: of the file.
+        total: steps.
+        done: steps that are done already.
+    """
+
+    def __init__(self, path: Path, total: int, done: int) -> None:
+        self.path = path
+        self.total = total
+        self.done = done
+        self.text = f"train: continuing after step {done}" if done else "train"
+        self._next = 0.0
+        self._write()
+
+    def update(self, n: int = 1) -> None:
+        """Count steps; written at most twice a second."""
+        self.done += n
+        if time.monotonic() >= self._next:
+            self._write()
+
+    def set_description(self, desc: str) -> None:
+        """Say what is going on."""
+        self.text = desc
+        self._write()
+
+    def close(self) -> None:
+        """Write the last state."""
+        self._write()
+
+    def _write(self) -> None:
+        self._next = time.monotonic() + 0.5
+        publish(self.path, json.dumps({"total": self.total, "done": self.done, "text": self.text}).encode())
+
+
+@contextmanager
+def _drawn(path: Path) -> Iterator[None]:
+    """Draw the progress that a worker writes to a file, until the block ends."""
+    path.unlink(missing_ok=True)
+    finished = threading.Event()
+
+    def draw() -> None:
+        with tqdm(desc="train: Ray Train starts its workers", unit="steps") as bar:
+            while True:
+                last = finished.wait(0.5)
+                if path.exists():
+                    now = json.loads(path.read_text("utf-8"))
+                    if bar.total is None:
+                        bar.reset(now["total"])
+                        bar.initial = now["done"]
+                    bar.n = now["done"]
+                    bar.set_description(now["text"], refresh=True)
+                if last:
+                    return
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _ray_worker(work: Work, progress: Path) -> None:
+    import ray.train.torch
+
+    train_worker(work, RayCheckpoints(), ray.train.torch.get_device(), functools.partial(ProgressFile, progress))
+
+
+def _plain_bar(total: int, done: int) -> Progress:
+    return tqdm(desc="train", total=total, initial=done, unit="steps")
+
+
+def _cluster_cpus() -> float:
+    import ray
+
+    cpus: float = ray.cluster_resources().get("CPU", 1.0)  # type: ignore[no-untyped-call]  # Ray's
+    return cpus
+
+
+def fit(work: Work, folder: Path) -> None:
+    """Train, and leave the best model in `<folder>/model`; continues a run that was interrupted in this folder.
+
+    With `workers >= 1` Ray Train runs the loop and restarts killed workers from the last checkpoint; with 0 the loop
+    runs here.
+
+    Args:
+        work: what to do.
+        folder: the run's; holds `checkpoints/` (plain) or `ray/` (Ray Train).
+
+    Raises:
+        ray.train.TrainingFailedError: a worker failed more often than `max_failures`, or its code raised.
+    """
+    config = work.config
+    if config.workers == 0:
+        checkpoints = LocalCheckpoints(folder / "checkpoints")
+        device = torch.device("cuda" if config.gpu else "cpu")
+        train_worker(work, checkpoints, device, _plain_bar)
+        with checkpoints.latest() as last:
+            assert last is not None
+            state = read_state(last)
+    else:
+        import ray.train
+        from ray.train.torch import TorchTrainer
+
+        cpus = min(config.cpus_per_worker, max(1, int(_cluster_cpus()) // config.workers))
+        trainer = TorchTrainer(
+            functools.partial(_ray_worker, work, folder.absolute() / "progress.json"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=config.gpu,
+                resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
+                name="ray",
+                storage_path=str(folder.absolute()),
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+                worker_runtime_env={"env_vars": {**WORKER_ENV, "OMP_NUM_THREADS": str(cpus)}},
+            ),
+        )
+        with _drawn(folder / "progress.json"):
+            result = trainer.fit()
+        assert result.checkpoint is not None
+        with result.checkpoint.as_directory() as last:
+            state = read_state(Path(last))
+    reader = FeatureReader(work.inputs)
+    save_model(
+        folder / "model",
+        state["best_weights"],
+        config.model,
+        (reader.image_dims, reader.text_dims),
+        work.inputs,
+    )

@@ -1,0 +1,271 @@
+"""The one training loop: plain torch, the same with and without Ray, on one worker or many.
+
+The loss is over the *global* batch and the order of an epoch depends on seed and epoch alone, so the number of workers
+changes the speed and nothing else.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from featurize.shards import Array
+from train.batches import Batch, FeatureReader, Inputs, Pairs, Schedule, prefetch, worker_slices
+from train.config import TrainConfig
+from train.distributed import average_gradients, gather_rows, world
+from train.losses.objective import Objective
+from train.noise import Noise
+from train.state import TrainState
+from train.towers import DualEncoder
+
+LOG_EVERY = 10  # steps
+
+Validate = Callable[[DualEncoder], Mapping[str, float]]
+Log = Callable[[Mapping[str, float], int], None]
+
+
+class Checkpoints(Protocol):
+    """Where state goes and comes from; every worker calls both, rank 0 writes."""
+
+    def latest(self) -> AbstractContextManager[Path | None]:
+        """The folder of the last checkpoint, or None."""
+
+    def save(self, write: Callable[[Path], None], metrics: Mapping[str, float], step: int) -> None:
+        """Keep what `write` puts into a folder."""
+
+
+class Progress(Protocol):
+    """A progress bar."""
+
+    def update(self, n: int = 1) -> object:
+        """Count steps."""
+
+    def set_description(self, desc: str) -> object:
+        """Say what is going on."""
+
+    def close(self) -> object:
+        """The end."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is asked to do; plain data and importable callables, so it travels.
+
+    Attributes:
+        config: towers, objective, optimisation.
+        inputs: the columns.
+        split: to learn on.
+        validate: called on rank 0 after each epoch; must return "rsum", larger is better.
+        log: called on rank 0 with metrics and the global step.
+    """
+
+    config: TrainConfig
+    inputs: Inputs
+    split: str
+    validate: Validate
+    log: Log
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _fingerprint(work: Work) -> dict[str, Any]:
+    placement = ("workers", "cpus_per_worker", "gpu", "max_failures", "checkpoint_steps")
+    config = {key: value for key, value in asdict(work.config).items() if key not in placement}
+    inputs = {key: value for key, value in asdict(work.inputs).items() if key != "dataset"}
+    return {**config, "cache": inputs, "split": work.split}
+
+
+def _parameter_groups(modules: list[nn.Module], decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices of the towers only."""
+    parameters = [p for module in modules for p in module.parameters()]
+    matrices = [p for p in modules[0].parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    return [
+        {"params": matrices, "weight_decay": decay},
+        {"params": [p for p in parameters if id(p) not in chosen], "weight_decay": 0.0},
+    ]
+
+
+def start(work: Work, reader: FeatureReader, device: torch.device) -> TrainState:
+    """The state before the first step: seeded weights, statistics of the training rows, centres by k-means."""
+    config = work.config
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng([config.seed, 2])
+    images, captions = reader.split(work.split)
+    model = DualEncoder(config.model, reader.image_dims, reader.text_dims)
+    objective = Objective(config.objective, config.model.dim, len(images))
+    image_rows = np.sort(rng.permutation(images)[: 1024 if reader.image_dims[1] else 16384])
+    text_rows = np.sort(rng.permutation(captions)[: 4096 if reader.text_dims[1] else 16384])
+    image_sample = reader.images(image_rows, rng.integers(0, reader.views, len(image_rows)))
+    text_sample = reader.texts(text_rows)
+    with torch.no_grad():
+        model.fit_inputs(image_sample, text_sample)
+        objective.initialise(torch.cat([model.embed_images(image_sample), model.embed_texts(text_sample)]))
+    model.to(device)
+    objective.to(device)
+    groups = _parameter_groups([model, objective], config.weight_decay)
+    optimizer = AdamW(groups, lr=config.lr, fused=True)
+    moving = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]  # torch's
+    average = AveragedModel(model, multi_avg_fn=moving) if config.ema else None
+    return TrainState(model, objective, optimizer, average, _fingerprint(work))
+
+
+def train_worker(
+    work: Work, checkpoints: Checkpoints, device: torch.device, progress: Callable[[int, int], Progress]
+) -> None:
+    """Train until the last epoch, early stopping or an error; continue from the last checkpoint if there is one.
+
+    Args:
+        work: what to do.
+        checkpoints: where state goes.
+        device: this worker's.
+        progress: (total steps, steps done) -> a bar, asked for on rank 0.
+
+    Raises:
+        ValueError: the global batch is smaller than the number of workers.
+        FloatingPointError: the loss is not finite.
+    """
+    trainer = _Trainer(work, device)
+    state, epochs = trainer.state, work.config.epochs
+    with checkpoints.latest() as folder:
+        if folder is not None:
+            state.load(folder)
+    bar = progress(trainer.total, state.step) if trainer.rank == 0 else None
+    try:
+        while not state.stopped:
+            epoch = state.step // trainer.schedule.steps
+            for step in trainer.epoch():
+                if bar is not None:
+                    bar.update(1)
+                between = step % trainer.schedule.steps and work.config.checkpoint_steps
+                if between and step % between == 0:
+                    checkpoints.save(state.save, {"epoch": float(epoch)}, step)
+            metrics = trainer.validate(epoch)
+            if bar is not None:
+                bar.set_description(
+                    f"train: epoch {epoch + 1}/{epochs}, val rSum {metrics['rsum']:.1f} (best {state.best:.1f})"
+                )
+            checkpoints.save(state.save, {**metrics, "epoch": float(epoch)}, state.step)
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+class _Trainer:
+    """One worker's side of the loop: data, state, and what a step does."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        config = work.config
+        self.work = work
+        self.device = device
+        self.rank, workers = world()
+        if config.batch < workers:
+            raise ValueError(
+                f"a batch of {config.batch} pairs cannot be dealt to {workers} workers; raise --train.batch"
+            )
+        self.reader = FeatureReader(work.inputs)
+        images, captions = self.reader.split(work.split)
+        owner = self.reader.caption_image[captions]
+        self.schedule = Schedule(captions, owner, config.batch, self.reader.views, config.seed)
+        self.total = config.epochs * self.schedule.steps
+        self.image_ids = np.searchsorted(images, self.reader.caption_image)  # caption row -> 0 to images - 1
+        self.state = start(work, self.reader, device)
+        self.model: nn.Module = self.state.model
+        if workers > 1:
+            self.model = DistributedDataParallel(
+                self.state.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def epoch(self) -> Iterator[int]:
+        """Take the steps that are left of the current epoch; yields the global step after each."""
+        state = self.state
+        epoch, first_step = divmod(state.step, self.schedule.steps)
+        self.model.train()
+        state.objective.train()
+        for rows, slices, batch in prefetch(self._batches(epoch, first_step)):
+            terms = self._step(rows, slices, batch)
+            if state.step % LOG_EVERY == 0 or state.step % self.schedule.steps == 0:
+                self._report(terms)
+            yield state.step
+
+    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Array, list[slice], Batch]]:
+        for captions, views in self.schedule.epoch(epoch, first_step):
+            slices = worker_slices(len(captions), world()[1])
+            own = slices[self.rank]
+            yield captions, slices, self.reader.batch(captions[own], views[own])
+
+    def _step(self, captions: Array, slices: list[slice], batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step on a global batch of which `batch` is this worker's slice; returns what to log."""
+        state, config = self.state, self.work.config
+        noise = Noise(config.seed, state.step, len(captions), slices[self.rank])
+        sizes = [part.stop - part.start for part in slices]
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            image, text = self.model(batch.image, batch.text, noise)
+        pairs = Pairs(
+            gather_rows(image, sizes),
+            gather_rows(text, sizes),
+            torch.from_numpy(self.image_ids[captions]).to(self.device),
+            gather_rows(batch.semantic, sizes),
+        )
+        loss, terms = state.objective(pairs, state.step / self.total)
+        state.optimizer.zero_grad()
+        loss.backward()
+        average_gradients(state.objective.parameters())
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        rate = learning_rate(config, state.step, self.total)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.step()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.step += 1
+        return {"loss": loss.detach(), **terms, "gradient_norm": norm, "lr": torch.tensor(rate)}
+
+    def _report(self, terms: Mapping[str, Tensor]) -> None:
+        values = {f"train/{name}": float(value) for name, value in terms.items()}
+        if not math.isfinite(values["train/loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['train/loss']} at step {self.state.step}; "
+                f"lower --train.lr, or look at the terms: {values}"
+            )
+        if self.rank == 0:
+            self.work.log(values, self.state.step)
+
+    def validate(self, epoch: int) -> dict[str, float]:
+        """Validate on rank 0, tell the others, and note what it means for the run."""
+        state, work = self.state, self.work
+        metrics: dict[str, float] = {}
+        if self.rank == 0:
+            evaluated = state.evaluated.eval()
+            with torch.inference_mode():
+                metrics = dict(work.validate(evaluated))
+            work.log({f"val/{name}": value for name, value in metrics.items()}, state.step)
+        if world()[1] > 1:
+            told = torch.tensor([metrics.get("rsum", 0.0)], dtype=torch.float64, device=self.device)
+            dist.broadcast(told, 0)
+            metrics["rsum"] = float(told)
+        if metrics["rsum"] > state.best:
+            state.best, state.best_epoch = metrics["rsum"], epoch
+            weights = state.evaluated.state_dict()
+            state.best_weights = {name: value.detach().cpu().clone() for name, value in weights.items()}
+        patience = work.config.patience
+        state.stopped = epoch + 1 >= work.config.epochs or bool(patience and epoch - state.best_epoch >= patience)
+        return metrics

@@ -1,0 +1,1 @@
+"""What heads are trained to minimise: one file per loss, `objective` puts them together."""
