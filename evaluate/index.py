@@ -143,7 +143,7 @@ class Index:
         merged_query = np.concatenate([np.repeat(np.arange(count), k), of_query])  # (q k + c,)
         merged = np.concatenate([best.ravel(), exact])
         merged_rows = np.concatenate([best_rows.ravel(), of_item + part.start])
-        order = np.lexsort((merged_rows, merged, merged_query))
+        order = np.lexsort((merged, merged_query))  # stable, and both lists are in row order
         begins = np.searchsorted(merged_query[order], np.arange(count))  # (q,)
         keep = order[begins[:, None] + np.arange(k)]  # (q, k)
         return merged[keep], merged_rows[keep]
@@ -199,13 +199,10 @@ class Index:
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
         except ValueError as error:
-            raise IndexFileError(
-                f"{folder / MANIFEST} is not JSON ({error}); build the index again"
-            ) from error
+            raise IndexFileError(f"{folder / MANIFEST} is not JSON ({error}); build the index again") from error
         if manifest["format"] != FORMAT:
             raise IndexFileError(
-                f"{folder / MANIFEST}: expected format {FORMAT}, found {manifest['format']}; "
-                "build the index again"
+                f"{folder / MANIFEST}: expected format {FORMAT}, found {manifest['format']}; build the index again"
             )
         for name, size in manifest["bytes"].items():
             file = folder / name
@@ -224,11 +221,7 @@ def _squared_norms(name: str, vectors: NDArray[np.float32]) -> NDArray[np.float6
         norms[first : first + CHUNK] = np.square(vectors[first : first + CHUNK], dtype=np.float64).sum(axis=1)
     bad = np.flatnonzero(~(norms <= LONGEST))
     if bad.size:
-        found = (
-            "NaN or infinity"
-            if not np.isfinite(norms[bad[0]])
-            else f"a vector {norms[bad[0]] ** 0.5:.1e} long"
-        )
+        found = "NaN or infinity" if not np.isfinite(norms[bad[0]]) else f"a vector {norms[bad[0]] ** 0.5:.1e} long"
         raise ValueError(
             f"{name} row {bad[0]} holds {found} ({bad.size} of {len(vectors)} rows are like it); "
             "look for a diverged training run or damaged features"
@@ -247,7 +240,7 @@ def _distances(
     for first in range(0, len(out), CHUNK):
         some = slice(first, first + CHUNK)
         gaps = queries[of_query[some]].astype(np.float64) - block[of_item[some]]  # (CHUNK, E)
-        # A running sum adds one dimension after the other; sum() may choose another order at the edges.
+        # A running sum adds one dimension after the other by definition; sum() chooses its own order.
         out[some] = np.add.accumulate(np.square(gaps), axis=1)[:, -1]
     return out
 

@@ -99,13 +99,18 @@ class Dataset:
         return rows
 
 
+def _is_broken(text: str) -> bool:
+    """Whether text was not UTF-8 where it was read (readers keep such bytes as lone surrogates)."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _usable_captions(sample: Sample) -> tuple[tuple[str, ...], list[Quarantined]]:
     kept: list[str] = []
     problems: list[Quarantined] = []
     for number, caption in enumerate(sample.captions):
         if not caption.strip():
             problems.append(Quarantined(sample.image_id, "caption", f"caption {number} is empty"))
-        elif any("\udc80" <= letter <= "\udcff" for letter in caption):
+        elif _is_broken(caption):
             problems.append(Quarantined(sample.image_id, "caption", f"caption {number} is not UTF-8"))
         else:
             kept.append(caption)
@@ -184,6 +189,8 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
         for sample, (sha256, reason) in zip(everything, pool.map(digest, everything), strict=True):
             captions, caption_problems = _usable_captions(sample)
             problems += [replace(problem, sha256=sha256) for problem in caption_problems]
+            if _is_broken(sample.image_id):
+                reason = "the image id is not UTF-8"
             if reason:
                 problems.append(Quarantined(sample.image_id, "read", reason))
             elif captions:

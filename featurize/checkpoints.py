@@ -11,6 +11,7 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 
 from featurize.encoder import first_line
 
@@ -88,7 +89,7 @@ def load_network(folder: Path) -> Any:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: transformers cannot load this checkpoint ({first_line(error)})") from error
     missing = sorted(report["missing_keys"])
     if any(key.startswith("pooler.") for key in missing):

@@ -181,8 +181,7 @@ def _apply(section: Any, leaves: list[_Leaf], prefix: tuple[str, ...], names: li
                 if leaf not in deeper and leaf.value not in (None, {}):
                     below = ", ".join([key for key in names if key.startswith(".".join(path) + ".")][:3])
                     raise ConfigError(
-                        f"{leaf.where}: {'.'.join(path)}: found {leaf.value!r}, "
-                        f"expected keys below it ({below}, ...)"
+                        f"{leaf.where}: {'.'.join(path)}: found {leaf.value!r}, expected keys below it ({below}, ...)"
                     )
             changed[name] = _apply(getattr(section, name), deeper, path, names)
         elif name not in hints or deeper:
@@ -208,9 +207,7 @@ def _convert(hint: Any, leaf: _Leaf) -> Any:
     if not isinstance(value, bool) or hint is bool:  # pydantic would take a number's `true` for 1
         with contextlib.suppress(ValidationError):
             return _adapter(hint).validate_python(value)
-    raise ConfigError(
-        f"{leaf.where}: {'.'.join(leaf.path)}: found {leaf.value!r}, expected {_type_text(hint)}"
-    )
+    raise ConfigError(f"{leaf.where}: {'.'.join(leaf.path)}: found {leaf.value!r}, expected {_type_text(hint)}")
 
 
 @functools.cache
@@ -255,9 +252,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Iterator[_Lines]:
         key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
         where = f"{key_node.start_mark.name}:{line}: found the key {key!r}"
         if not isinstance(key, str):
-            raise ConfigError(
-                f"{where}, expected text (YAML reads a bare yes, no, on or off as true or false)"
-            )
+            raise ConfigError(f"{where}, expected text (YAML reads a bare yes, no, on or off as true or false)")
         if key in found.lines:
             raise ConfigError(f"{where} that already stands in line {found.lines[key]}, expected it once")
         found.lines[key] = line
@@ -322,9 +317,7 @@ def find_run(run: str, runs: str | Path) -> Path:
         for folder in (Path(run), Path(runs) / run):
             if (folder / CONFIG_FILE).is_file():
                 return folder
-    started = sorted(
-        Path(runs).glob(f"*/{CONFIG_FILE}"), key=lambda file: file.stat().st_mtime_ns, reverse=True
-    )
+    started = sorted(Path(runs).glob(f"*/{CONFIG_FILE}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     if run == "latest" and started:
         return started[0].parent
     names = ", ".join(file.parent.name for file in started[:5])

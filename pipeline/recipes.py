@@ -64,9 +64,7 @@ RECIPES: dict[str, Recipe] = {
             method="infonce",
             train=TrainConfig(
                 model=_HEADS,
-                objective=ObjectiveConfig(
-                    ranking="infonce", infonce=InfoNCEConfig(temperature=0.05, learn=True)
-                ),
+                objective=ObjectiveConfig(ranking="infonce", infonce=InfoNCEConfig(temperature=0.05, learn=True)),
             ),
         ),
     ),

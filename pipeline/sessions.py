@@ -36,7 +36,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the garbage collector
             if address:
                 sources = {} if IN_JOB in os.environ else {"working_dir": str(Path(__file__).parents[1])}
-                ray.init(address=address, runtime_env=sources, log_to_driver=False, logging_level=logging.WARNING)
+                ray.init(address=address, runtime_env=sources, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 ray.init(
                     address="local",
@@ -44,7 +44,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
                     object_store_memory=config.object_store_mb * 1024**2,
                     include_dashboard=False,
                     log_to_driver=False,
-                    logging_level=logging.WARNING,
+                    logging_level=logging.ERROR,
                 )
     except ConnectionError as error:
         raise ConfigError(

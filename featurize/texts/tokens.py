@@ -29,7 +29,8 @@ Pooling: TypeAlias = Literal["mean", "first", "last", "own"]
 _OWN_POOLING = {"clip_text_model", "metaclip_2_text_model", "siglip_text_model", "siglip2_text_model"}
 # Trained on captions padded to the limit, without a mask; the pooled output is read at the last position.
 _FULL_WIDTH = {"siglip_text_model", "siglip2_text_model"}
-_TOKENIZER_FILES = ("tokenizer*.json", "vocab*", "merges.txt", "*.model", "special_tokens_map.json")
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model")
+_TOKENIZER_FILES = (*_VOCABULARIES, "tokenizer_config.json", "merges.txt", "special_tokens_map.json")
 
 
 def open_tokens(reference: str, precision: Precision, device: str) -> "TokenEncoder":
@@ -135,13 +136,18 @@ class TokenEncoder:
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    # Without a vocabulary transformers makes an empty tokenizer, which knows no word.
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise FileNotFoundError(
+            f"{folder} holds no vocabulary: expected one of {', '.join(_VOCABULARIES)}. Is it a text model?"
+        )
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
+        # The tokenizers' library raises bare exceptions.
         raise ValueError(
-            f"{folder}: no tokenizer that can be loaded ({first_line(error)}); "
-            "a text model's folder holds tokenizer.json and tokenizer_config.json"
+            f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); copy the folder again"
         ) from error
 
 

@@ -10,9 +10,9 @@ from evaluate.ranks import EvaluationError
 
 
 def split_of(images, seed, *, noise):
-    """A split with 1 to 3 captions for each image, captions in no order."""
+    """A split with one caption for each image and three for each seventh, captions in no order."""
     rng = np.random.default_rng(seed)
-    owner = rng.permutation(np.repeat(np.arange(images), rng.integers(1, 4, size=images)))
+    owner = rng.permutation(np.repeat(np.arange(images), 1 + 2 * (np.arange(images) % 7 == 0)))
     pictures = rng.normal(size=(images, 6)).astype(np.float32)
     texts = (pictures[owner] + noise * rng.normal(size=(len(owner), 6))).astype(np.float32)
     return pictures, texts, owner

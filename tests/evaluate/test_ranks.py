@@ -1,6 +1,7 @@
 """Ranks: hand-written cases, a slow reference that sorts, ties that survive any tile, errors that name the row."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def slow_ranks(queries, items, sets):
 
 def as_lists(ranks):
     bounds = ranks.indptr.tolist()
-    return [ranks.values[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [ranks.values[a:b].tolist() for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 1024])
@@ -93,7 +94,7 @@ def problems(draw):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(problems())
 def test_equals_the_slow_reference(problem):
     queries, items, sets, tile = problem
@@ -116,7 +117,7 @@ def test_equals_sorting_scipys_distances(dtype):
     assert found.tolist() == places
 
 
-@pytest.mark.parametrize("tile", [1, 7, 64, 256])
+@pytest.mark.parametrize("tile", [5, 17, 64, 256])
 def test_tiled_equals_full(tile):
     generator = torch.Generator().manual_seed(2)
     owner = torch.randint(60, (240,), generator=generator)
@@ -187,9 +188,10 @@ def test_a_common_offset_does_not_drown_differences():
     offset = torch.randn(50, 8, generator=generator) * 0.01 + 10_000
     relevance = Relevance.text_to_image(torch.arange(50))
     noisy = offset + torch.randn(50, 8, generator=generator) * 0.01
-    order = cdist(noisy.double().numpy(), offset.double().numpy(), "sqeuclidean").argsort(axis=1)
-    places = [row.tolist().index(item) + 1 for item, row in enumerate(order)]
-    assert rank_relevant(noisy, offset, relevance).values.tolist() == places
+    # Up there float32 is a lattice of 1/1024, so some distances are truly equal.
+    distances = cdist(noisy.double().numpy(), offset.double().numpy(), "sqeuclidean")
+    places = (distances <= distances.diagonal()[:, None]).sum(axis=1)
+    assert rank_relevant(noisy, offset, relevance).values.tolist() == places.tolist()
 
 
 class Largest(TorchDispatchMode):
@@ -206,10 +208,10 @@ class Largest(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_queries_times_items():
-    queries, items = torch.randn(300, 4), torch.randn(900, 4)
+    queries, items = torch.randn(100, 4), torch.randn(300, 4)
     with Largest() as largest:
-        rank_relevant(queries, items, Relevance.image_to_text(torch.arange(900) % 300, 300), tile=32)
-    assert largest.elements == 900 * 4  # the items themselves; a tile has 1024
+        rank_relevant(queries, items, Relevance.image_to_text(torch.arange(300) % 100, 100), tile=32)
+    assert largest.elements == 300 * 4  # the items themselves; a tile has 1024
 
 
 def test_relevance_from_ragged_captions():
@@ -283,9 +285,11 @@ def test_rank_errors(queries, items, relevance, tile, message):
         rank_relevant(queries, items, relevance, tile)
 
 
-def test_no_gradient_is_kept():
-    queries = column(0.0).requires_grad_()
-    assert not rank_relevant(queries, column(1), ONE).tied.requires_grad
+def test_nothing_is_kept_for_a_backward_pass():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda kept: kept):
+        rank_relevant(column(0.0).requires_grad_(), column(1.0).requires_grad_(), ONE)
+    assert not kept
 
 
 def test_the_benchmark_finds_the_same_ranks_both_ways():

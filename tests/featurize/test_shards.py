@@ -60,7 +60,7 @@ def test_ragged_rows_are_padded_and_masked(tmp_path):
 
 @webdataset_leaves_files_open
 def test_plain_webdataset_reads_a_shard(tmp_path):
-    column, values = make_column(tmp_path, [5])
+    _, values = make_column(tmp_path, [5])
     samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
     assert [sample["__key__"] for sample in samples] == [f"image%20{row}" for row in range(5)]
     np.testing.assert_array_equal(np.stack([sample["npy"] for sample in samples]), values)

@@ -137,7 +137,8 @@ def holds(relation, a, b):
     if relation == "left":
         return b.x - a.x > 0.8 * (a.radius + b.radius)
     if relation == "above":
-        return a.hangs and a.y - a.solid.low * a.radius < b.y - b.solid.top * b.radius
+        over = a.y - a.solid.low * a.radius < b.y - b.solid.top * b.radius
+        return a.hangs and over and abs(a.x - b.x) < 0.3 * (a.radius + b.radius)
     return b.floor - a.floor > 40 and abs(a.x - b.x) < 1.5 * (a.radius + b.radius)
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import subprocess
 import tarfile
 
 import pytest
@@ -98,6 +99,18 @@ def test_links_folders_and_hidden_members_are_passed_over(tmp_path):
         ],
     )
     assert list(read_tar(path)) == [Sample("a", str(path), ("one",), "", (4608, 6))]
+
+
+@pytest.mark.parametrize("form", ["gnu", "pax"])
+def test_sparse_members_are_no_byte_ranges(tmp_path, form):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(1 << 20)
+        file.write(b"end")
+    (tmp_path / "a.txt").write_text("one")
+    path = tmp_path / "a.tar"
+    subprocess.run(["tar", "--sparse", f"--format={form}", "-cf", path, "-C", tmp_path, "a.jpg", "a.txt"], check=True)
+    with pytest.raises(DataError, match=r"sample 'a': no image among its members \(\.txt\)"):
+        list(read_tar(path))
 
 
 def test_names_that_are_paths_stay_names(tmp_path):

@@ -175,7 +175,9 @@ def test_old_names_of_densenet(tmp_path):
 
 def test_weights_of_another_network(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
-    with pytest.raises(ValueError, match=r"linear.pth does not fit torchvision's resnet18: .*missing.*2 are unexpected"):
+    with pytest.raises(
+        ValueError, match=r"linear.pth does not fit torchvision's resnet18: .*missing.*2 are unexpected"
+    ):
         open_image_encoder(f"torchvision:resnet18@{tmp_path / 'linear.pth'}")
 
 

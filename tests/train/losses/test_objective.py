@@ -180,10 +180,15 @@ def test_gradients_are_finite_and_reach_embeddings(embeddings, image_ids, rankin
     assert text.grad.count_nonzero() > 0
 
 
-def test_autocast_changes_nothing_but_the_inputs(pairs):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low, _ = build(FULL)(pairs, 0.5)
-    torch.testing.assert_close(low, build(FULL)(pairs, 0.5)[0])
+@pytest.mark.parametrize("rank_codes", [True, False])
+def test_autocast_changes_neither_value_nor_gradient(pairs, rank_codes):
+    config = replace(FULL, quantization=replace(CODES, rank_codes=rank_codes))
+    found = []
+    for bf16 in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            total, _ = build(config)(pairs, 0.5)
+        found.append((total, *torch.autograd.grad(total, (pairs.image, pairs.text))))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_permuting_pairs_changes_nothing(pairs):

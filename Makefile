@@ -1,0 +1,45 @@
+# isthmus: `make help` lists what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.ready ## make .venv with the tested versions (a few minutes, about 7 GB)
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "isthmus needs Python 3.11; say which one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up .venv (a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.ready ## the main job on rendered scenes, then a search; prints where everything is
+	@$(BIN)/python -m pipeline run less
+	@$(BIN)/python -m pipeline search latest "a red ball left of a blue cube" "two green stars" --page runs/search.html
+
+test: .venv/.ready ## the tests, without the slow ones
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.ready ## the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+lint: .venv/.ready ## style, types and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.ready ## rewrite the files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.ready ## ratios, each measured in one run: extraction, training step, ranks
+	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+clean: ## remove what running made (not .venv)
+	rm -rf cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,215 @@
+"""Extraction with the real packaged networks: one task a shard, nothing twice, nothing lost."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import webdataset
+
+from featurize.cache import CacheError, index, open_column, read_manifest
+from featurize.config import FeaturizeConfig, ScenesConfig
+from featurize.datasets.sample import Sample
+from featurize.datasets.scenes import read_scenes
+from featurize.encoder import Card
+from featurize.extract import (
+    _shard_tasks,
+    describe_images,
+    describe_texts,
+    extract_shard,
+    featurize,
+    image_encoder,
+    plan,
+    text_encoder,
+)
+from featurize.images.decode import decode
+from featurize.shards import row_key
+
+CONFIG = FeaturizeConfig(rows_per_shard=4, precision="float32", views=("plain", "flip"), max_quarantined=0.5)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Nine rendered pictures with captions."""
+    folder = tmp_path_factory.mktemp("scenes")
+    return list(read_scenes(folder, ScenesConfig(train=5, val=2, test=2)))
+
+
+@pytest.fixture(scope="module")
+def extracted(pictures, tmp_path_factory, ray_local):
+    """A cache of every kind of column, made by Ray tasks; the sixth picture is cut in half."""
+    folder = tmp_path_factory.mktemp("cache")
+    cut = folder / "cut.jpg"
+    cut.write_bytes(pictures[5].read()[:700])
+    samples = [*pictures[:5], replace(pictures[5], image=str(cut)), *pictures[6:]]
+    dataset = index(samples, "scenes", folder, max_quarantined=0.5)
+    columns = plan(dataset, CONFIG, ("pooled", "grid"), ("sentence", "tokens"))
+    featurize(dataset, CONFIG, columns)
+    return dataset, {column.name: column for column in columns}
+
+
+def opened(extracted, name):
+    dataset, columns = extracted
+    return open_column(dataset, name, columns[name].id)
+
+
+def test_columns_are_named_by_encoder_output_and_view(extracted):
+    assert list(extracted[1]) == [
+        "efficientnet-lite0.pooled",
+        "efficientnet-lite0.pooled.flip",
+        "efficientnet-lite0.grid",
+        "efficientnet-lite0.grid.flip",
+        "minilm.sentence",
+        "minilm.tokens",
+    ]
+
+
+def test_rows_are_what_the_network_says_of_their_image(extracted, pictures):
+    encoder = image_encoder("efficientnet-lite0", "float32")
+    alone = describe_images(encoder, [encoder.prepare(decode(pictures[7].read()))], 1)
+    np.testing.assert_allclose(
+        opened(extracted, "efficientnet-lite0.pooled").gather(np.array([7])), alone["pooled"], atol=2e-3, rtol=2e-3
+    )
+    grid = opened(extracted, "efficientnet-lite0.grid")
+    assert grid.shape == (49, 1280)
+    np.testing.assert_allclose(
+        grid.gather(np.array([7]))[0].mean(0, dtype=np.float32), alone["pooled"][0], atol=5e-3, rtol=5e-3
+    )
+
+
+def test_the_flipped_view_differs(extracted):
+    rows = np.arange(5)
+    plain = opened(extracted, "efficientnet-lite0.pooled").gather(rows)
+    assert (plain != opened(extracted, "efficientnet-lite0.pooled.flip").gather(rows)).any()
+
+
+def test_caption_rows_follow_the_images(extracted, pictures):
+    captions = [caption for sample in pictures for caption in sample.captions]
+    encoder = text_encoder("minilm", "float32")
+    alone = describe_texts(encoder, [captions[33]], 1)
+    np.testing.assert_allclose(
+        opened(extracted, "minilm.sentence").gather(np.array([33]))[0], alone["sentence"][0], atol=2e-3
+    )
+    tokens, mask = opened(extracted, "minilm.tokens").gather_padded(np.array([33]))
+    assert tokens[mask].shape == alone["tokens"][0].shape
+    np.testing.assert_allclose(tokens[mask], alone["tokens"][0], atol=1e-2)
+
+
+def test_an_image_that_cannot_be_decoded_keeps_its_row(extracted):
+    dataset, columns = extracted
+    for name in ("efficientnet-lite0.pooled", "efficientnet-lite0.grid.flip"):
+        manifest = read_manifest(columns[name].folder)
+        assert manifest.missing.tolist() == [5]
+        row = opened(extracted, name).gather(np.array([5]))
+        assert np.isnan(row).all()
+    assert '"stage": "decode", "reason": "DecodeError' in (dataset.folder / "quarantine.jsonl").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves its last file open
+def test_plain_webdataset_reads_every_shard(extracted, pictures):
+    for name, column in extracted[1].items():
+        shards = [str(path) for path in sorted(column.folder.glob("*.tar"))]
+        assert len(shards) == 3
+        keys = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False).decode()]
+        if column.modality == "image":
+            assert keys == [row_key(sample.image_id) for sample in pictures], name
+        else:
+            assert keys == [row_key(s.image_id, k) for s in pictures for k in range(len(s.captions))], name
+
+
+def test_a_second_time_nothing_is_extracted(extracted, capsys):
+    dataset, columns = extracted
+    featurize(dataset, CONFIG, list(columns.values()))
+    assert "6 columns found, 0 rows to extract" in capsys.readouterr().out
+
+
+def test_finished_shards_of_an_unfinished_column_stay(extracted):
+    dataset, columns = extracted
+    before = {}
+    for column in columns.values():
+        manifest = read_manifest(column.folder)
+        (column.folder / "manifest.json").unlink()
+        for number, record in enumerate(manifest.shards):
+            if number != 1:
+                (column.folder / f"{number:06d}.json").write_text(json.dumps(asdict(record)))
+        before[column.name] = manifest
+    tasks = list(_shard_tasks(dataset, CONFIG, list(columns.values())))
+    assert [(task.modality, task.view, task.number) for task in tasks] == [
+        ("image", "flip", 1),
+        ("image", "plain", 1),
+        ("text", "plain", 1),
+    ]
+    featurize(dataset, CONFIG, list(columns.values()))
+    for column in columns.values():
+        after = read_manifest(column.folder)
+        assert [shard.sha256 for shard in after.shards] == [shard.sha256 for shard in before[column.name].shards]
+        assert not list(column.folder.glob("0*.json"))
+    assert read_manifest(columns["efficientnet-lite0.pooled"].folder).missing.tolist() == [5]
+
+
+def test_shards_of_other_boundaries_do_not_count(pictures, tmp_path):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    columns = plan(dataset, CONFIG, ("pooled",), ())
+    for column in columns:
+        column.folder.mkdir()
+    first = next(iter(_shard_tasks(dataset, CONFIG, columns)))
+    extract_shard(first)
+    other = replace(CONFIG, rows_per_shard=5)
+    assert len(list(_shard_tasks(dataset, CONFIG, columns))) == 5
+    assert len(list(_shard_tasks(dataset, other, columns))) == 4
+
+
+def test_too_many_broken_images_end_the_job(pictures, tmp_path, ray_local):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    samples = [*pictures[:3], Sample("broken", str(broken), ("nothing",), "train")]
+    dataset = index(samples, "scenes", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, max_quarantined=0.1)
+    columns = plan(dataset, config, ("pooled",), ())
+    with pytest.raises(CacheError, match="1 of 4 images cannot be used"):
+        featurize(dataset, config, columns)
+    assert all(read_manifest(column.folder) for column in columns)
+
+
+def test_another_network_under_the_same_name_is_refused(pictures, tmp_path):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    columns = plan(dataset, CONFIG, ("pooled",), ())
+    task = next(iter(_shard_tasks(dataset, CONFIG, columns)))
+    with pytest.raises(CacheError, match="every machine must hold the same weights"):
+        extract_shard(replace(task, card=Card("other", "0", {}, ())))
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "message"),
+    [
+        (("regions",), (), "encoder 'efficientnet-lite0' has no output 'regions'; it has grid, pooled"),
+        ((), ("words",), "encoder 'minilm' has no output 'words'"),
+        (("vit.pooled",), (), "no image encoder gives 'vit.pooled'; the run has efficientnet-lite0"),
+    ],
+)
+def test_outputs_that_nobody_has_are_refused(pictures, tmp_path, images, texts, message):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    with pytest.raises(CacheError, match=message):
+        plan(dataset, CONFIG, images, texts)
+
+
+def test_an_output_of_one_encoder_alone(pictures, tmp_path):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, images=("efficientnet-lite0", "efficientnet-lite1"), views=("plain",))
+    columns = plan(dataset, config, ("pooled", "efficientnet-lite1.grid"), ())
+    assert [column.name for column in columns] == [
+        "efficientnet-lite0.pooled",
+        "efficientnet-lite1.pooled",
+        "efficientnet-lite1.grid",
+    ]
+
+
+def test_identity_follows_what_changes_the_features(pictures, tmp_path):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+
+    def ids(**changes):
+        return {column.id for column in plan(dataset, replace(CONFIG, **changes), ("pooled",), ())}
+
+    assert ids() == ids(image_batch=2, rows_per_shard=3, max_quarantined=0)
+    assert ids(images=("efficientnet-lite1",)).isdisjoint(ids())
+    assert ids(views=("crop",)).isdisjoint(ids())

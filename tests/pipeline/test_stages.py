@@ -1,0 +1,195 @@
+"""The road of a run on a small data set: everything real, each command a user would type."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from evaluate.search import Searcher
+from pipeline.__main__ import main
+from pipeline.config import RunConfig, load_yaml, merge
+
+SMALL = [
+    *("--data.scenes.train", "40", "--data.scenes.val", "16", "--data.scenes.test", "8"),
+    *("--train.workers", "0", "--train.epochs", "2", "--train.batch", "32", "--train.model.dim", "64"),
+]
+
+
+def type_in(*arguments):
+    """What the shell would do with `python -m pipeline ...`: the exit code."""
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def done(place, ray_local):
+    """One finished run of `less`."""
+    code = type_in("run", "less", "--cache", place / "cache", "--runs", place / "runs", "--name", "first", *SMALL)
+    assert code == 0
+    return place / "runs" / "first"
+
+
+def client(place):
+    return MlflowClient(f"sqlite:///{place / 'runs' / 'mlflow.db'}")
+
+
+def test_metrics_have_the_agreed_shape(done):
+    metrics = json.loads((done / "metrics.json").read_text())
+    assert set(metrics) == {"split", "protocol", "i2t", "t2i", "rsum"}
+    for direction in ("i2t", "t2i"):
+        assert set(metrics[direction]) == {"r1", "r5", "r10", "medr", "meanr", "map_r", "r_precision"}
+    recalls = [metrics[d][k] for d in ("i2t", "t2i") for k in ("r1", "r5", "r10")]
+    assert metrics["rsum"] == pytest.approx(sum(recalls))
+    assert metrics["split"] == "val"
+
+
+def test_mlflow_holds_the_whole_run(place, done):
+    known = json.loads((done / "mlflow.json").read_text())
+    run = client(place).get_run(known["run_id"])
+    metrics = json.loads((done / "metrics.json").read_text())
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.lr"] == str(merge(RunConfig(), load_yaml(done / "config.yaml"), "").train.lr)
+    assert run.data.metrics["rsum"] == pytest.approx(metrics["rsum"])
+    assert {"train/loss", "train/loss/hinge", "train/margin", "val/rsum"} <= set(run.data.metrics)
+    epochs = [point.step for point in client(place).get_metric_history(known["run_id"], "val/rsum")]
+    assert len(epochs) == 2
+    assert run.data.tags["cache.dataset"][:8] in next((place / "cache").glob("scenes@*")).name
+    assert any(key.startswith("cache.minilm") for key in run.data.tags)
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"scenes-train", "scenes-val"}
+    artifacts = {file.path for file in client(place).list_artifacts(known["run_id"])}
+    assert artifacts == {"checkpoint", "config.yaml", "metrics.json", "report.html"}
+
+
+def test_the_page_shows_pictures_and_numbers(done):
+    page = (done / "report.html").read_text("utf-8")
+    assert page.count("data:image/jpeg;base64,") >= 20
+    assert f"{json.loads((done / 'metrics.json').read_text())['rsum']:.1f}" in page
+
+
+def test_a_second_experiment_extracts_nothing(place, done, capsys):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "second")
+    assert type_in("run", "less", *arguments, *SMALL, "--train.lr", "1e-3") == 0
+    out = capsys.readouterr().out
+    assert "columns found, 0 rows to extract" in out
+    assert (place / "runs" / "second" / "metrics.json").exists()
+
+
+def test_search_answers_text_and_pictures_with_files_and_distances(place, done, capsys):
+    searcher = Searcher.open(done)
+    picture = searcher.index.items["uri"][3]
+    page = place / "found.html"
+    assert type_in("search", done, "a red ball", picture, "--k", "3", "--page", page) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert [int(line[0]) for line in lines] == [1, 2, 3, 1, 2, 3]
+    assert all(Path(line[2]).is_file() for line in lines)
+    distances = [float(line[1]) for line in lines]
+    assert distances == sorted(distances[:3]) + sorted(distances[3:])
+    assert lines[3][2] == picture
+    assert distances[3] < 0.05
+    assert page.read_text("utf-8").count("data:image/jpeg;base64,") == 7
+
+
+def test_search_from_python_agrees_with_the_index(done):
+    searcher = Searcher.open(done)
+    hits = searcher.search("two green stars", k=4)
+    assert [hit.rank for hit in hits] == [1, 2, 3, 4]
+    direct = searcher.nearest(searcher.embed_texts(["something else", "two green stars"]), k=4)[1]
+    assert [hit.sample.image_id for hit in direct] == [hit.sample.image_id for hit in hits]
+
+
+def test_a_run_is_evaluated_again_on_another_split(done, capsys):
+    assert type_in("evaluate", done, "--split", "test") == 0
+    assert "test, full: rSum" in capsys.readouterr().out
+    assert json.loads((done / "metrics-test.json").read_text())["split"] == "test"
+
+
+def test_evaluation_is_repeatable(done):
+    assert type_in("evaluate", done) == 0
+    again = json.loads((done / "metrics-val.json").read_text())
+    assert again["rsum"] == pytest.approx(json.loads((done / "metrics.json").read_text())["rsum"])
+
+
+def test_the_cache_is_listed_and_verified(place, done, capsys):
+    assert type_in("cache", "ls", place / "cache") == 0
+    listed = capsys.readouterr().out
+    assert "64 images, 320 captions" in listed
+    assert "minilm.sentence@" in listed
+    assert type_in("cache", "verify", place / "cache") == 0
+    assert "every shard is as its manifest says" in capsys.readouterr().out
+
+
+def test_a_damaged_cache_is_reported(place, done, capsys):
+    tar = next((place / "cache").glob("scenes@*/minilm.sentence@*/000000.tar"))
+    whole = tar.read_bytes()
+    try:
+        tar.write_bytes(whole[:-1] + b"!")
+        assert type_in("cache", "verify", place / "cache") == 1
+        assert f"{tar}: missing or changed" in capsys.readouterr().out
+    finally:
+        tar.write_bytes(whole)
+
+
+def test_training_without_features_says_what_to_type(place, done, capsys):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "third", *SMALL)
+    code = type_in("train", "less", *arguments, "--featurize.images", "efficientnet-lite1")
+    assert code == 2
+    assert "run `python -m pipeline featurize` first" in capsys.readouterr().err
+    assert not (place / "runs" / "third").exists()
+
+
+def test_training_alone_uses_the_cache(place, done):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "fourth", *SMALL)
+    assert type_in("train", "less", *arguments) == 0
+    assert (place / "runs" / "fourth" / "metrics.json").exists()
+
+
+def test_a_run_repeated_from_its_own_settings_gives_the_same_numbers(place, done):
+    arguments = ("--runs", place / "runs", "--name", "again")
+    assert type_in("run", done / "config.yaml", *arguments) == 0
+    one, two = (json.loads((place / "runs" / name / "metrics.json").read_text()) for name in ("first", "again"))
+    assert one == two
+
+
+def test_a_taken_name_is_refused(place, done, capsys):
+    assert type_in("run", "less", "--cache", place / "cache", "--runs", place / "runs", "--name", "first", *SMALL) == 2
+    assert "exists; give another --name, or continue it" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_resumed_in_its_mlflow_run(place, done, monkeypatch):
+    from train import loop
+
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "broken", *SMALL)
+    validate = loop._Trainer.validate
+
+    def stop_at_the_second(self, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return validate(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "validate", stop_at_the_second)
+        assert type_in("train", "less", *arguments) == 130
+    folder = place / "runs" / "broken"
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert client(place).get_run(run_id).info.status == "KILLED"
+    assert type_in("train", "--resume", folder) == 0
+    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == run_id
+    assert client(place).get_run(run_id).info.status == "FINISHED"
+    metrics = [json.loads((place / "runs" / name / "metrics.json").read_text()) for name in ("first", "broken")]
+    assert metrics[0] == metrics[1]
+
+
+def test_all_four_packages_come_from_this_repository():
+    import evaluate
+    import featurize
+    import pipeline
+    import train
+
+    root = Path(__file__).parents[2]
+    for package in (evaluate, featurize, pipeline, train):
+        assert Path(package.__file__).parent == root / package.__name__
