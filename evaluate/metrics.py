@@ -135,9 +135,7 @@ def measure(ranks: Ranks) -> Metrics:
     positions = _positions(ranks)  # (P,) ascending within each query
     counts = ranks.indptr.diff()  # (Q,) R of each query
     rows = torch.repeat_interleave(counts)  # (P,)
-    nth = (
-        torch.arange(len(rows), device=rows.device) - ranks.indptr[rows] + 1
-    )  # (P,) relevant items up to here
+    nth = torch.arange(len(rows), device=rows.device) - ranks.indptr[rows] + 1  # (P,) relevant items up to here
     hit = (positions <= counts[rows]).double()  # (P,)
     zeros = torch.zeros(len(counts), dtype=torch.float64, device=rows.device)
     precision = zeros.index_add(0, rows, hit * nth / positions) / counts  # (Q,)

@@ -14,9 +14,7 @@ COCO_IMAGES = 5000
 COCO_FOLD = 1000
 
 
-def evaluate_full(
-    images: Tensor, captions: Tensor, caption_image: Tensor, *, split: str, tile: int = 1024
-) -> Report:
+def evaluate_full(images: Tensor, captions: Tensor, caption_image: Tensor, *, split: str, tile: int = 1024) -> Report:
     """Measures both directions over all images and captions of a split.
 
     Args:
@@ -46,9 +44,7 @@ def evaluate_full(
     )
 
 
-def evaluate_coco(
-    images: Tensor, captions: Tensor, caption_image: Tensor, *, split: str, tile: int = 1024
-) -> Report:
+def evaluate_coco(images: Tensor, captions: Tensor, caption_image: Tensor, *, split: str, tile: int = 1024) -> Report:
     """Measures a COCO Karpathy split on all 5K images and as the mean of five 1K folds.
 
     A fold is 1000 images in row order with all their captions (VSE++, Faghri et al. BMVC 2018).

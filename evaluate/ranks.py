@@ -48,13 +48,10 @@ class Relevance:
             )
         if (empty := (self.indptr.diff() < 1).nonzero()).numel():
             raise EvaluationError(
-                f"query row {empty[0].item()} has no relevant item ({len(empty)} such queries); "
-                "leave these queries out"
+                f"query row {empty[0].item()} has no relevant item ({len(empty)} such queries); leave these queries out"
             )
         if self.indices.min() < 0:
-            raise EvaluationError(
-                f"relevance indices: item rows start at 0, found {self.indices.min().item()}"
-            )
+            raise EvaluationError(f"relevance indices: item rows start at 0, found {self.indices.min().item()}")
         key = self.rows() * (self.indices.max() + 1) + self.indices
         key, order = key.sort()
         if (twice := (key.diff() == 0).nonzero()).numel():
@@ -94,8 +91,7 @@ class Relevance:
         counts = torch.bincount(caption_image, minlength=images)  # (images,)
         if (empty := (counts == 0).nonzero()).numel():
             raise EvaluationError(
-                f"image row {empty[0].item()} has no caption ({len(empty)} such images); "
-                "leave these images out"
+                f"image row {empty[0].item()} has no caption ({len(empty)} such images); leave these images out"
             )
         indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return cls(indptr, caption_image.argsort(stable=True))
@@ -191,13 +187,9 @@ def rank_relevant(queries: Tensor, items: Tensor, relevance: Relevance, tile: in
     check_embeddings("queries", queries)
     check_embeddings("items", items)
     if queries.shape[1] != items.shape[1]:
-        raise EvaluationError(
-            f"queries have {queries.shape[1]} dimensions, items {items.shape[1]}; expected as many"
-        )
+        raise EvaluationError(f"queries have {queries.shape[1]} dimensions, items {items.shape[1]}; expected as many")
     if len(relevance.indptr) != len(queries) + 1:
-        raise EvaluationError(
-            f"relevance describes {len(relevance.indptr) - 1} queries, found {len(queries)}"
-        )
+        raise EvaluationError(f"relevance describes {len(relevance.indptr) - 1} queries, found {len(queries)}")
     if relevance.indices.max() >= len(items):
         pair = relevance.indices.argmax()
         raise EvaluationError(
@@ -267,12 +259,25 @@ def _rank_tile(
         scores = torch.addmm(squared[first : first + tile], queries, block.T, alpha=-2)  # (q, tile) d² - |q|²
         inside = (columns >= first) & (columns < first + tile)
         scores[rows[inside], columns[inside] - first] = torch.inf  # only non-relevant items are counted
-        better += (scores < lower.amin(dim=1, keepdim=True)).sum(dim=1, dtype=torch.int32)
+        better += _count(scores < lower.amin(dim=1, keepdim=True))
         for slot in range(sets.shape[1]):
-            ahead[:, slot] += (scores <= upper[:, slot, None]).sum(dim=1, dtype=torch.int32)
+            ahead[:, slot] += _count(scores <= upper[:, slot, None])
 
     relevant_better = torch.searchsorted(sets.sort(dim=1).values, lower)  # (q, r) values below `lower`
     ranks = 1 + ahead + relevant_better
     others = (len(items) - counts).clamp(min=1)  # (q,) a query without non-relevant items has no ties either
     tied = ahead.gather(1, sets.argmin(dim=1, keepdim=True))[:, 0] - better
     return ranks[rows, slots], tied / others.double()
+
+
+def _count(mask: Tensor) -> Tensor:
+    """How many are true in each row: (q, n) bool -> (q,) int64.
+
+    Where rows allow it, eight neighbours are added as the eight bytes of one word (none reaches 256), which takes
+    half the time of `sum` (benchmarks/bench_ranks.py).
+    """
+    rows, columns = mask.shape
+    if columns % 8 or columns > 8 * 255:
+        return mask.sum(dim=1)
+    bytes_ = mask.view(torch.int64).sum(dim=1).view(torch.uint8)
+    return bytes_.view(rows, 8).sum(dim=1, dtype=torch.int64)

@@ -176,9 +176,7 @@ def _headline(reports: Mapping[str, Report]) -> str:
     others = list(reports.items())[1:]
 
     def figure(label: str, value: float, compared: Sequence[float]) -> str:
-        beside = ", ".join(
-            f"{other} {number:.1f}" for (other, _), number in zip(others, compared, strict=True)
-        )
+        beside = ", ".join(f"{other} {number:.1f}" for (other, _), number in zip(others, compared, strict=True))
         return (
             f'<div class="figure"><span class="label">{escape(label)}</span>'
             f'<span class="value">{value:.1f}</span>'
@@ -197,9 +195,7 @@ def _metrics(reports: Mapping[str, Report]) -> str:
     """A table for each direction; a row for each report, and for its folds."""
     rows: list[tuple[str, Report]] = []
     for name, report in reports.items():
-        rows += [
-            (name + PROTOCOLS[one.protocol], one) for one in (report, report.folds_1k) if one is not None
-        ]
+        rows += [(name + PROTOCOLS[one.protocol], one) for one in (report, report.folds_1k) if one is not None]
     tables = "".join(
         _table(direction, [(name, getattr(report, field)) for name, report in rows])
         for direction, field in (("Image to text", "i2t"), ("Text to image", "t2i"))
@@ -228,8 +224,7 @@ def _table(caption: str, rows: Sequence[tuple[str, Metrics]]) -> str:
 
 def _settings(settings: Mapping[str, object]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for name, value in _flatten(settings)
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in _flatten(settings)
     )
     table = f'<div class="wide"><table class="settings"><tbody>{rows}</tbody></table></div>'
     return f"<details><summary>every setting</summary>{table}</details>"

@@ -70,7 +70,7 @@ class Searcher:
 
     Raises:
         train.state.StateError: the run holds no finished model.
-        evaluate.index.IndexError_: the run holds no finished index.
+        evaluate.index.IndexFileError: the run holds no finished index.
     """
 
     def __init__(self, run: Path) -> None:
@@ -135,8 +135,11 @@ class Searcher:
         """The k nearest images of each embedding (N, E), nearest first."""
         distances, rows = self.index.search(embeddings.numpy(), k)
         return [
-            [Hit(rank, math.sqrt(float(d)), self._sample(int(row))) for rank, (d, row) in enumerate(zip(ds, rs, strict=True), 1)]
-            for ds, rs in zip(distances, rows, strict=True)
+            [
+                Hit(rank, math.sqrt(float(squared)), self._sample(int(row)))
+                for rank, (squared, row) in enumerate(zip(of_query, found, strict=True), 1)
+            ]
+            for of_query, found in zip(distances, rows, strict=True)
         ]
 
     def search(self, query: str | Path | Image.Image, k: int = 10) -> list[Hit]:

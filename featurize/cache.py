@@ -190,8 +190,8 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
             captions, caption_problems = _usable_captions(sample)
             problems += [replace(problem, sha256=sha256) for problem in caption_problems]
             if _is_broken(sample.image_id):
-                reason = "the image id is not UTF-8"
-            if reason:
+                problems.append(Quarantined(sample.image_id, "read", "the image id is not UTF-8", sha256))
+            elif reason:
                 problems.append(Quarantined(sample.image_id, "read", reason))
             elif captions:
                 kept.append(replace(sample, captions=captions))

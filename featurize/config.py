@@ -72,7 +72,7 @@ class FeaturizeConfig:
     views: tuple[View, ...] = field(
         default=("plain",), metadata={"help": "views of each image: plain, flip (mirrored), crop (random)"}
     )
-    rows_per_shard: int = field(default=512, metadata={"help": "images in a shard; one Ray task writes one"})
+    rows_per_shard: int = field(default=256, metadata={"help": "images in a shard; one Ray task writes one"})
     precision: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "arithmetic of the frozen forward pass; storage is float16"}
     )

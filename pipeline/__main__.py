@@ -165,7 +165,7 @@ def build_parser() -> _Parser:
     )
     evaluate.set_defaults(command=_evaluate)
 
-    search = add("search", "RUN QUERY... [--k 5] [--page FILE.html]", "find images by text, or texts by image")
+    search = add("search", "RUN QUERY... [--k 5] [--page FILE.html]", "find images by text or by a picture")
     _add_run(search)
     search.add_argument("queries", nargs="+", metavar="QUERY", help="a text, or the file of a picture")
     search.add_argument("--k", type=_count, default=5, metavar="N", help="answers for each query; default 5")

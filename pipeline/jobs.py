@@ -25,6 +25,7 @@ SOURCES = ("featurize", "train", "evaluate", "pipeline")
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
+_READY_SECONDS = 60.0  # that a head which has only just started may take until it accepts jobs
 _POLL_SECONDS = 2.0
 _MOST_ABSENCES = 30  # polls in a row that the head may leave unanswered: a minute
 
@@ -77,10 +78,7 @@ def submit(
         with tempfile.TemporaryDirectory() as folder:
             _copy_sources(Path(folder), files)
             client = JobSubmissionClient(address)
-            job = client.submit_job(
-                entrypoint=shlex.join([python, "-m", "pipeline", *argv]),
-                runtime_env={"working_dir": folder, "env_vars": _variables()},
-            )
+            job = _send(client, shlex.join([python, "-m", "pipeline", *argv]), folder)
     except ConnectionError as error:
         raise JobError(
             f"no Ray head answers at {address}. Start one (`ray start --head`), forward its port (`ray "
@@ -101,6 +99,20 @@ def submit(
         flush=True,
     )
     return _follow(client, job, where) if wait else 0
+
+
+def _send(client: "JobSubmissionClient", entrypoint: str, folder: str) -> str:
+    """The id of a new job; waits for a head that has only just started."""
+    end = time.monotonic() + _READY_SECONDS
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=entrypoint, runtime_env={"working_dir": folder, "env_vars": _variables()}
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(_POLL_SECONDS)
 
 
 def _follow(client: "JobSubmissionClient", job: str, where: str) -> int:

@@ -115,8 +115,9 @@ def _work(config: RunConfig, dataset: Dataset, columns: list[PlannedColumn], log
     return Work(config.train, inputs, config.data.train, validation, log.log)
 
 
-def _protocol(config: RunConfig) -> str:
-    return protocol_of(config.data) if config.evaluate.protocol == "auto" else config.evaluate.protocol
+def _protocol(config: RunConfig, asked: str | None = None) -> str:
+    protocol = asked or config.evaluate.protocol
+    return protocol_of(config.data) if protocol == "auto" else protocol
 
 
 def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[PlannedColumn]) -> None:
@@ -190,7 +191,7 @@ def _summary(
             f"  python -m pipeline run {config.method} --dataset {config.data.dataset}"
             + (f" --root {config.data.root}" if config.data.root else "")
             + " --train.lr 5e-4     # a second experiment: nothing is extracted again",
-            f"  mlflow ui --backend-store-uri {tracker.uri}",
+            f"  mlflow ui --backend-store-uri {tracker.uri}" if "sqlite" in tracker.uri else f"  open {tracker.uri}",
         ]
     )
 
@@ -240,7 +241,7 @@ def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
     searcher = Searcher.open(folder)
     config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     chosen = split or config.data.evaluate
-    validation = Validation(searcher.inputs, chosen, protocol or _protocol(config), config.evaluate.tile)
+    validation = Validation(searcher.inputs, chosen, _protocol(config, protocol), config.evaluate.tile)
     report = validation.report(searcher.model)
     publish(folder / f"metrics-{chosen}.json", json.dumps(report.as_dict(), indent=1).encode())
     print(report.as_table())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from featurize.cache import Dataset, ShardRecord, column_folder, identity, index, make_manifest, open_dataset
 from featurize.datasets.sample import Sample
@@ -16,6 +17,8 @@ from train.batches import Inputs
 from train.config import ModelConfig, TowerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
+
+torch.set_num_threads(1)  # two threads on two busy cores wait for each other
 
 
 @pytest.fixture(scope="session")

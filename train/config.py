@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Mining = Literal["hardest", "all", "weighted"]
 AggregatorName = Literal["mean", "max", "attention", "gpo", "netvlad"]
 
 
@@ -58,7 +59,13 @@ class MarginConfig:
 class HingeConfig:
     """Hinge over squared distances."""
 
-    mining: Literal["hardest", "all"] = field(default="hardest", metadata={"help": "negatives that count"})
+    mining: Mining = field(
+        default="hardest",
+        metadata={
+            "help": "an anchor's violations become: the largest (hardest), their mean (all), "
+            "their mean weighted by their squares (weighted)"
+        },
+    )
     warmup: float = field(default=0.1, metadata={"help": "share of training on all negatives before mining starts"})
     margin: MarginConfig = field(default_factory=MarginConfig)
 

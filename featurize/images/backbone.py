@@ -113,8 +113,14 @@ def _special_tokens(network: Any, size: torch.Size, reference: str) -> int:
     for name, parameter in network.named_parameters():
         leaf = name.rpartition(".")[2]
         special += parameter.shape[1] if leaf == "register_tokens" else counts.get(leaf, 0)
-    patch = network.config.patch_size
-    patches = (size[0] // patch) * (size[1] // patch)
+    patch = getattr(network.config, "patch_size", None)
+    if patch is None:
+        raise ValueError(
+            f"{reference}: the configuration of {type(network).__name__} names no patch_size, so its tokens cannot "
+            "be told apart; use another backbone"
+        )
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    patches = (size[0] // height) * (size[1] // width)
     tokens = hidden.shape[1]
     merged = special == 0 and tokens < patches  # Swin merges patches from stage to stage
     if tokens - special != patches and not merged:

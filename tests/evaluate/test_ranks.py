@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.bench_ranks import measure
 from evaluate.metrics import CollapseWarning
@@ -194,12 +194,12 @@ def test_a_common_offset_does_not_drown_differences():
     assert rank_relevant(noisy, offset, relevance).values.tolist() == places.tolist()
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchFunctionMode):
     """Remembers the most elements that any tensor had."""
 
     elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):

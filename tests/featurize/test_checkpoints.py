@@ -82,6 +82,13 @@ def test_pickled_weights_are_named_and_refused(folder):
         find_checkpoint(f"transformers:{folder}", "tokenizer.json")
 
 
+def test_pickled_weights_are_not_loaded_beside_other_files(folder):
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "model_of_another_kind.safetensors")
+    with pytest.raises(ValueError, match=r"transformers cannot load this checkpoint \(.*model.safetensors"):
+        load_network(find_checkpoint(f"transformers:{folder}", "tokenizer.json"))
+
+
 def test_an_empty_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no config.json, only: nothing. Expected config.json"):
         find_checkpoint(f"transformers:{tmp_path}", "tokenizer.json")
@@ -99,7 +106,9 @@ def test_missing_tensors_are_not_made_up(folder):
     state = safetensors.torch.load_file(file)
     del state["encoder.layer.0.output.dense.weight"]
     safetensors.torch.save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack 1 tensors of BertModel, e.g. \['encoder.layer.0.output.dense.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"lack 1 tensors of BertModel, e.g. \['encoder.layer.0.output.dense.weight'\]"
+    ):
         load_network(folder)
 
 

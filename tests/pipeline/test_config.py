@@ -99,8 +99,8 @@ def test_an_empty_section_changes_nothing():
         ({"data.root": False}, "here: data.root: found False, expected text"),
         ({"data.root": {}}, "here: data.root: found {}, expected text"),
         (
-            {"train.objective.hinge.mining": "some"},
-            "here: train.objective.hinge.mining: found 'some', expected hardest|all",
+            {"featurize.precision": "float8"},
+            "here: featurize.precision: found 'float8', expected bfloat16|float32",
         ),
         ({"featurize.views": "flop"}, "here: featurize.views: found 'flop', expected plain|flip|crop,..."),
         ({"featurize.images": 3}, "here: featurize.images: found 3, expected text,text,..."),
@@ -137,7 +137,7 @@ def test_keys_describe_every_setting():
     assert found["cache"].section == "run: What is run, and where its files go"
     assert found["train.gpu"].value == "false"
     assert found["featurize.images"].value == "efficientnet-lite0"
-    assert found["train.objective.hinge.mining"].type == "hardest|all"
+    assert found["featurize.precision"].type == "bfloat16|float32"
     flat = []
 
     def walk(values, prefix):

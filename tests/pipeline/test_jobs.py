@@ -33,7 +33,8 @@ def plain_environment(monkeypatch):
 class Client:
     """Stands for Ray's client; its job says what `answers` say, one for each question."""
 
-    def __init__(self, answers=(), log=("one\n", "two\n"), log_error=None):
+    def __init__(self, answers=(), log=("one\n", "two\n"), log_error=None, refusals=()):
+        self.refusals = iter(refusals)
         self.answers = iter(answers)
         self.log = log
         self.log_error = log_error
@@ -44,6 +45,8 @@ class Client:
         return self
 
     def submit_job(self, entrypoint, runtime_env):
+        for refusal in self.refusals:
+            raise refusal
         folder = Path(runtime_env["working_dir"])
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         texts = {path.name: path.read_text() for path in folder.glob("*.yaml")}
@@ -162,6 +165,22 @@ def test_a_head_that_stays_away_is_an_error_that_says_how_to_look_later(client):
     )
 
 
+def test_a_head_that_has_only_just_started_is_waited_for(client, monkeypatch):
+    not_yet = RuntimeError("Request failed with status code 500: No available agent to submit job, try again")
+    client(refusals=[not_yet] * 5)
+    assert submit(["run", "a"], "http://h:1", files={}, wait=False) == 0
+    monkeypatch.setattr(jobs, "_READY_SECONDS", 0.05)
+    client(refusals=[not_yet] * 1000)
+    with pytest.raises(JobError, match=r"^http://h:1 does not take the job: .*No available agent"):
+        submit(["run", "a"], "http://h:1", files={}, wait=False)
+
+
+def test_other_refusals_are_final(client):
+    client(refusals=[RuntimeError("the package is too large")])
+    with pytest.raises(JobError, match=r"^http://h:1 does not take the job: the package is too large"):
+        submit(["run", "a"], "http://h:1", files={}, wait=False)
+
+
 def test_ctrl_c_leaves_the_job_running_and_says_so(client):
     client([KeyboardInterrupt()])
     with pytest.raises(KeyboardInterrupt) as stop:
@@ -261,7 +280,7 @@ def free_ports(count):
 @pytest.fixture
 def head(tmp_path, monkeypatch):
     """A Ray head with a dashboard; its address."""
-    port, dashboard, client_port = free_ports(3)
+    port, dashboard, client_port, agent, agent_grpc, environments = free_ports(6)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with (tmp_path / "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -269,6 +288,8 @@ def head(tmp_path, monkeypatch):
                 *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus", "1"),
                 *("--port", str(port), "--dashboard-port", str(dashboard)),
                 *("--ray-client-server-port", str(client_port), "--object-store-memory", str(200 * 2**20)),
+                *("--dashboard-agent-listen-port", str(agent), "--dashboard-agent-grpc-port", str(agent_grpc)),
+                *("--runtime-env-agent-port", str(environments)),
             ],
             env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
             stdout=log,

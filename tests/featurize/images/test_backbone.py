@@ -1,5 +1,7 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -23,8 +25,12 @@ VISION = {**TINY, "image_size": 32, "patch_size": 8}
 TEXT = {**TINY, "vocab_size": 99, "max_position_embeddings": 16}
 
 
-def saved(folder, model, processor):
+@pytest.fixture(autouse=True)
+def _same_random_weights_every_time():
     torch.manual_seed(0)
+
+
+def saved(folder, model, processor):
     with quiet():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -36,7 +42,7 @@ def squeeze(side=32):
 
 
 def photograph():
-    return Image.effect_noise((90, 60), 70).convert("RGB")
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
 
 
 def both(folder, tower, processor):
@@ -172,19 +178,36 @@ def test_other_normalisations(tmp_path, options):
 
 
 def test_bfloat16_is_close_to_float32(tmp_path):
-    model, processor = clip()
-    folder = saved(tmp_path, model, processor)
+    folder = saved(tmp_path, *clip())
     answers = []
     for precision in ("float32", "bfloat16"):
         encoder = open_image_encoder(f"transformers:{folder}", precision)
-        answers.append(encoder.encode(encoder.prepare(photograph())[None])["pooled"])
-    assert torch.cosine_similarity(*answers).item() > 0.999
+        answers.append(encoder.encode(encoder.prepare(photograph())[None]))
+    exact, fast = answers
+    assert torch.cosine_similarity(exact["pooled"], fast["pooled"]).item() > 0.9999
+    assert torch.cosine_similarity(exact["grid"], fast["grid"], dim=-1).min().item() > 0.9999
+    assert fast["grid"].dtype == fast["pooled"].dtype == torch.float32
 
 
-def test_an_extremely_long_image_costs_no_memory(tmp_path):
-    folder = saved(tmp_path, *clip())
-    encoder = open_image_encoder(f"transformers:{folder}")
-    assert encoder.prepare(Image.new("L", (60_000, 1), 7)).unique().tolist() == [7]
+def test_an_extremely_long_image_costs_no_memory(tmp_path, monkeypatch):
+    encoder = open_image_encoder(f"transformers:{saved(tmp_path, *clip())}")
+    processor, sizes = encoder._preprocessing._processor, []
+
+    def spy(image, **options):
+        sizes.append(image.size)
+        return processor(image, **options)
+
+    monkeypatch.setattr(encoder._preprocessing, "_processor", spy)
+    assert encoder.prepare(Image.new("L", (5_000, 1), 7)).unique().tolist() == [7]
+    assert sizes == [(8, 1)]
+
+
+def test_threads_prepare_the_same_pixels(tmp_path):
+    encoder = open_image_encoder(f"transformers:{saved(tmp_path, *clip())}")
+    images = [photograph().rotate(angle) for angle in range(0, 180, 10)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(encoder.prepare, images))
+    assert all(torch.equal(encoder.prepare(image), pixels) for image, pixels in zip(images, together, strict=True))
 
 
 def test_the_card_holds_processor_and_configuration(tmp_path):
@@ -210,6 +233,19 @@ def test_tokens_that_cannot_be_told_apart(tmp_path):
     folder = saved(tmp_path, transformers.YolosModel(config), squeeze())
     with pytest.raises(ValueError, match=r"YolosModel gives 22 tokens for 16 patches and 1 class, register or"):
         open_image_encoder(f"transformers:{folder}")
+
+
+def test_tokens_of_unknown_patches(tmp_path):
+    config = transformers.PvtConfig(image_size=32, depths=[1] * 4, hidden_sizes=[16] * 4, num_attention_heads=[1] * 4)
+    folder = saved(tmp_path, transformers.PvtModel(config), squeeze())
+    with pytest.raises(ValueError, match=r"the configuration of PvtModel names no patch_size"):
+        open_image_encoder(f"transformers:{folder}")
+
+
+def test_a_patch_size_of_two_numbers(tmp_path):
+    model = transformers.ViTModel(transformers.ViTConfig(**{**VISION, "patch_size": [8, 16]}))
+    encoder = open_image_encoder(f"transformers:{saved(tmp_path, model, squeeze())}")
+    assert encoder.card.outputs[0] == Output("grid", (8, 32))
 
 
 def test_a_processor_that_makes_patches(tmp_path):

@@ -144,7 +144,8 @@ def test_exif_orientation_is_applied_once(form, orientation, size, red_at):
     decoded = decode(encoded(image, form, exif=exif))
     assert decoded.size == size
     red, _, blue = decoded.getpixel(red_at)
-    assert red > 200 > 50 > blue
+    assert red > 200
+    assert blue < 50
 
 
 def test_a_damaged_exif_block_does_not_cost_the_image():
@@ -247,6 +248,7 @@ def test_damaged_bytes_give_an_image_or_a_decode_error(samples, data):
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     try:
-        assert decode(bytes(damaged)).mode == "RGB"
-    except DecodeError as error:
-        assert str(error)
+        image = decode(bytes(damaged))
+    except DecodeError:
+        return
+    assert image.mode == "RGB"

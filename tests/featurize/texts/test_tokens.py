@@ -15,7 +15,14 @@ from featurize.texts import open_text_encoder
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "dog", "cat", "runs", "on", "grass"]
 CAPTIONS = ["a dog runs on grass", "a cat", "a dog on a cat on a dog"]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
-TEXT = {**TINY, "vocab_size": 10, "max_position_embeddings": 12, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT = {
+    **TINY,
+    "vocab_size": 10,
+    "max_position_embeddings": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 VISION = {**TINY, "image_size": 32, "patch_size": 8}
 
 
@@ -156,7 +163,8 @@ def test_bert_is_mean_pooled_to_unit_length(bert):
 
 
 @pytest.mark.parametrize(
-    ("mode", "read"), [("mean_tokens", lambda h: h.mean(0)), ("cls_token", lambda h: h[0]), ("lasttoken", lambda h: h[-1])]
+    ("mode", "read"),
+    [("mean_tokens", lambda h: h.mean(0)), ("cls_token", lambda h: h[0]), ("lasttoken", lambda h: h[-1])],
 )
 def test_pooling_by_sentence_transformers_file(bert, mode, read):
     (bert / "1_Pooling").mkdir()

@@ -8,7 +8,10 @@ from train.losses.distances import negative_pairs, squared_distances
 from train.losses.hinge import HingeLoss, hinge
 
 
-def slow_hinge(distances, image_ids, margin, hardest):
+MININGS = ["hardest", "all", "weighted"]
+
+
+def slow_hinge(distances, image_ids, margin, mining):
     """Two loops over anchors, one over their negatives."""
     size, total = len(distances), 0.0
     for direction in ("image", "text"):
@@ -20,20 +23,22 @@ def slow_hinge(distances, image_ids, margin, hardest):
                     violations.append(max(0.0, margin[i][j] + distances[i][i] - other))
             active = [v for v in violations if v > 0]
             if active:
-                total += (max(active) if hardest else sum(active) / len(active)) / size
+                weights = [v**2 if mining == "weighted" else 1.0 for v in active]
+                mean = sum(w * v for w, v in zip(weights, active, strict=True)) / sum(weights)
+                total += (max(active) if mining == "hardest" else mean) / size
     return total
 
 
-@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("pairwise", [True, False])
-def test_equals_a_loop(embeddings, image_ids, hardest, pairwise):
+def test_equals_a_loop(embeddings, image_ids, mining, pairwise):
     d = squared_distances(*embeddings()).detach()
     margin = torch.tensor(2.0)
     if pairwise:
         r = torch.rand(7, 7, generator=torch.Generator().manual_seed(3))
         margin = 4 * (r + r.T)
-    expected = slow_hinge(d.tolist(), image_ids.tolist(), margin.expand(7, 7).tolist(), hardest)
-    found = hinge(d, negative_pairs(image_ids), margin, hardest=hardest)
+    expected = slow_hinge(d.tolist(), image_ids.tolist(), margin.expand(7, 7).tolist(), mining)
+    found = hinge(d, negative_pairs(image_ids), margin, mining)
     assert expected > 0.1
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -42,7 +47,7 @@ def test_by_hand():
     """Margin 1: anchors 0 and 1 violate by 2 and 1.5 as images, by 1.5 and 2 as captions; pair 2 is far."""
     d = torch.tensor([[1.0, 0.0, 9.0], [0.5, 1.0, 9.0], [9.0, 9.0, 1.0]])
     negatives = negative_pairs(torch.arange(3))
-    found = hinge(d, negatives, torch.tensor(1.0), hardest=True)
+    found = hinge(d, negatives, torch.tensor(1.0), "hardest")
     assert found.item() == pytest.approx((2 + 1.5 + 0) / 3 + (1.5 + 2 + 0) / 3)
 
 
@@ -50,27 +55,36 @@ def test_all_is_the_mean_of_violations_not_of_negatives():
     """Image anchor 0 violates by 2 and 1, captions 1 and 2 against image 0 by the same; all else is far."""
     d = torch.full((4, 4), 50.0).fill_diagonal_(1.0)
     d[0] = torch.tensor([1.0, 0.0, 1.0, 50.0])
-    found = hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), hardest=False)
+    found = hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "all")
     assert found.item() == pytest.approx(((2 + 1) / 2 + (2 + 1) / 1) / 4)
+
+
+def test_weights_are_squares_of_violations():
+    """Image anchor 0 violates by 2 and 1: (4 * 2 + 1 * 1) / (4 + 1)."""
+    d = torch.full((4, 4), 50.0).fill_diagonal_(1.0)
+    d[0] = torch.tensor([1.0, 0.0, 1.0, 50.0])
+    found = hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "weighted")
+    assert found.item() == pytest.approx((9 / 5 + 2 + 1) / 4)
 
 
 def test_the_end_of_the_warm_up_keeps_the_size_of_the_gradient(embeddings):
     sizes = {}
-    for hardest in (False, True):
+    for mining in MININGS:
         image, text = embeddings(64, 16, kind="unit")
         d = squared_distances(image, text)
-        hinge(d, negative_pairs(torch.arange(64)), torch.tensor(0.2), hardest=hardest).backward()
-        sizes[hardest] = image.grad.norm().item()
-    assert 0.2 < sizes[True] / sizes[False] < 5
+        hinge(d, negative_pairs(torch.arange(64)), torch.tensor(0.2), mining).backward()
+        sizes[mining] = image.grad.norm().item()
+    assert 0.2 < sizes["hardest"] / sizes["all"] < 5
+    assert 0.2 < sizes["weighted"] / sizes["all"] < 5
 
 
-@pytest.mark.parametrize("hardest", [True, False])
-def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings, image_ids, hardest):
+@pytest.mark.parametrize("mining", MININGS)
+def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings, image_ids, mining):
     image, text = embeddings()
     margin = torch.tensor(2.0)
 
     def value(u, v, ids):
-        return hinge(squared_distances(u, v), negative_pairs(ids), margin, hardest=hardest)
+        return hinge(squared_distances(u, v), negative_pairs(ids), margin, mining)
 
     order = torch.tensor([3, 6, 0, 1, 5, 2, 4])
     expected = value(image, text, image_ids)
@@ -78,11 +92,11 @@ def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings, imag
     torch.testing.assert_close(value(image[order], text[order], image_ids[order]), expected)
 
 
-@pytest.mark.parametrize("hardest", [True, False])
-def test_a_pair_of_the_same_image_is_never_pushed(embeddings, hardest):
+@pytest.mark.parametrize("mining", MININGS)
+def test_a_pair_of_the_same_image_is_never_pushed(embeddings, mining):
     image, text = embeddings(2)
     d = squared_distances(image, text)
-    found = hinge(d, negative_pairs(torch.tensor([8, 8])), torch.tensor(50.0), hardest=hardest)
+    found = hinge(d, negative_pairs(torch.tensor([8, 8])), torch.tensor(50.0), mining)
     found.backward()
     assert found.item() == 0
     assert image.grad.count_nonzero() == 0
@@ -90,17 +104,17 @@ def test_a_pair_of_the_same_image_is_never_pushed(embeddings, hardest):
 
 def test_a_satisfied_batch_costs_nothing():
     d = torch.full((3, 3), 9.0).fill_diagonal_(1.0)
-    assert hinge(d, negative_pairs(torch.arange(3)), torch.tensor(0.5), hardest=True).item() == 0
+    assert hinge(d, negative_pairs(torch.arange(3)), torch.tensor(0.5), "hardest").item() == 0
 
 
 @pytest.mark.parametrize("kind", ["free", "unit", "collapsed"])
-@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("bf16", [True, False])
-def test_gradients_are_finite_and_reach_both_sides(embeddings, image_ids, kind, hardest, bf16):
+def test_gradients_are_finite_and_reach_both_sides(embeddings, image_ids, kind, mining, bf16):
     image, text = embeddings(kind=kind)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         d = squared_distances(image, text)
-        loss = hinge(d, negative_pairs(image_ids), torch.tensor(3.0), hardest=hardest)
+        loss = hinge(d, negative_pairs(image_ids), torch.tensor(3.0), mining)
     loss.backward()
     assert loss.item() > 0
     for grad in (image.grad, text.grad):
@@ -109,15 +123,21 @@ def test_gradients_are_finite_and_reach_both_sides(embeddings, image_ids, kind, 
 
 
 @pytest.mark.parametrize(
-    ("mining", "progress", "hardest"), [("hardest", 0.29, False), ("hardest", 0.3, True), ("all", 1.0, False)]
+    ("mining", "progress", "used", "not_used"),
+    [
+        ("hardest", 0.29, "all", "hardest"),
+        ("hardest", 0.3, "hardest", "all"),
+        ("weighted", 0.3, "weighted", "all"),
+        ("all", 1.0, "all", "hardest"),
+    ],
 )
-def test_mining_waits_for_the_warm_up(embeddings, image_ids, mining, progress, hardest):
+def test_mining_waits_for_the_warm_up(embeddings, image_ids, mining, progress, used, not_used):
     d, negatives = squared_distances(*embeddings()), negative_pairs(image_ids)
     config = HingeConfig(mining=mining, warmup=0.3, margin=MarginConfig(form="fixed", start=2.0))
     found, margin = HingeLoss(config)(d, negatives, torch.zeros(7, 0), progress)
     assert margin.item() == 2.0
-    torch.testing.assert_close(found, hinge(d, negatives, torch.tensor(2.0), hardest=hardest))
-    assert found.item() != hinge(d, negatives, torch.tensor(2.0), hardest=not hardest).item()
+    torch.testing.assert_close(found, hinge(d, negatives, torch.tensor(2.0), used))
+    assert found.item() != hinge(d, negatives, torch.tensor(2.0), not_used).item()
 
 
 def test_the_margin_is_the_configured_one_and_part_of_the_checkpoint(embeddings, image_ids):
