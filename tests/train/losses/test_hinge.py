@@ -7,7 +7,6 @@ from train.config import HingeConfig, MarginConfig
 from train.losses.distances import negative_pairs, squared_distances
 from train.losses.hinge import HingeLoss, hinge
 
-
 MININGS = ["hardest", "all", "weighted"]
 
 

@@ -45,7 +45,7 @@ def test_the_default_is_the_hinge_alone(pairs):
     objective = build(config)
     total, logs = objective(pairs, 0.0)
     d = squared_distances(pairs.image, pairs.text)
-    expected = hinge(d, negative_pairs(pairs.image_ids), torch.tensor(0.4), hardest=True)
+    expected = hinge(d, negative_pairs(pairs.image_ids), torch.tensor(0.4), config.hinge.mining)
     torch.testing.assert_close(total, expected)
     assert set(logs) == {"loss/hinge", "margin", "gap", "distance/positive", "distance/negative"}
     assert items(logs)["margin"] == pytest.approx(0.4)
