@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 
-from featurize.encoder import first_line
+from featurize.encoder import EncoderError, first_line
 
 # What never changes an answer: names, versions, labels of a classifier that is left away.
 _NOT_INGREDIENTS = {
@@ -35,7 +35,7 @@ def find_checkpoint(reference: str, also: str) -> Path:
         also: what else the folder must hold, for the message.
 
     Raises:
-        FileNotFoundError: neither a complete folder nor a hub model that is cached or can be reached.
+        EncoderError: neither a complete folder nor a hub model that is cached or can be reached.
     """
     name = reference.removeprefix("transformers:")
     folder = Path(name).expanduser()
@@ -46,13 +46,13 @@ def find_checkpoint(reference: str, also: str) -> Path:
         "the hub can be reached, `hf download NAME --local-dir FOLDER` makes one"
     )
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-        raise FileNotFoundError(f"{reference}: there is no folder {folder.absolute()}. {advice}")
+        raise EncoderError(f"{reference}: there is no folder {folder.absolute()}. {advice}")
     try:
         fetched = huggingface_hub.snapshot_download(
             name, allow_patterns=["*.json", "*.txt", "*.model", "model*.safetensors"]
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(
+        raise EncoderError(
             f"{reference}: there is no folder {folder.absolute()}, and the hub gives no model {name!r} "
             f"({first_line(error)}). {advice}"
         ) from error
@@ -63,7 +63,7 @@ def _complete(folder: Path, also: str) -> Path:
     for pattern in ("config.json", "model*.safetensors"):
         if not any(folder.glob(pattern)):
             found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise FileNotFoundError(
+            raise EncoderError(
                 f"{folder} holds no {pattern}, only: {found}. Expected config.json, model.safetensors and "
                 f"{also}. Weights in pickle files (.bin) are never loaded: where they are trusted, convert "
                 "them with transformers' save_pretrained"
@@ -77,7 +77,7 @@ def load_network(folder: Path) -> Any:
     A pooling layer that the checkpoint has no weights for is taken off: transformers would make it random.
 
     Raises:
-        ValueError: an architecture that transformers does not have, or tensors missing.
+        EncoderError: an architecture that transformers does not have, or tensors missing.
     """
     try:
         with quiet():
@@ -90,13 +90,13 @@ def load_network(folder: Path) -> Any:
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: transformers cannot load this checkpoint ({first_line(error)})") from error
+        raise EncoderError(f"{folder}: transformers cannot load this checkpoint ({first_line(error)})") from error
     missing = sorted(report["missing_keys"])
     if any(key.startswith("pooler.") for key in missing):
         network.pooler = None
     missing = [key for key in missing if not key.startswith("pooler.")]
     if missing:
-        raise ValueError(
+        raise EncoderError(
             f"{folder}: the weights lack {len(missing)} tensors of {type(network).__name__}, e.g. "
             f"{missing[:3]}; they would be random. Give a checkpoint of the whole network"
         )

@@ -21,6 +21,10 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 Precision: TypeAlias = Literal["bfloat16", "float32"]
 
 
+class EncoderError(ValueError):
+    """An encoder cannot be opened: what was asked for, what there is, what to do."""
+
+
 @dataclass(frozen=True)
 class Output:
     """One thing that an encoder says about each image or caption.

@@ -75,11 +75,13 @@ USER_ERRORS = {
     "evaluate.ranks": "EvaluationError",
     "featurize.cache": "CacheError",
     "featurize.datasets.sample": "DataError",
+    "featurize.encoder": "EncoderError",
     "featurize.images.decode": "DecodeError",
     "featurize.shards": "ShardError",
     "pipeline.config": "ConfigError",
     "pipeline.jobs": "JobError",
     "pipeline.tracking": "TrackingError",
+    "train.config": "SettingsError",
     "train.state": "StateError",
 }
 """The errors that are answers to the user, by their modules."""

@@ -76,7 +76,7 @@ def submit(
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            _copy_sources(Path(folder), files)
+            copy_sources(Path(folder), files)
             client = JobSubmissionClient(address)
             job = _send(client, shlex.join([python, "-m", "pipeline", *argv]), folder)
     except ConnectionError as error:
@@ -160,8 +160,8 @@ def _outcome(client: "JobSubmissionClient", job: str, where: str) -> int:
         time.sleep(_POLL_SECONDS)
 
 
-def _copy_sources(folder: Path, files: Mapping[str, str]) -> None:
-    """Lay out a job's working directory: the packages, pyproject.toml and some text files."""
+def copy_sources(folder: Path, files: Mapping[str, str]) -> None:
+    """Lay out a working directory for workers: the packages, pyproject.toml and some text files."""
     root = Path(__file__).parents[1]
     for package in SOURCES:
         shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))

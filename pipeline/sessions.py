@@ -2,12 +2,14 @@
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config import ConfigError, RayConfig
+from pipeline.jobs import copy_sources
 
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the process of a submitted job, whose sources are already where workers find them."""
@@ -26,6 +28,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; silences its warning
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         yield
@@ -35,8 +38,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)  # Ray leaves log files to the garbage collector
             if address:
-                sources = {} if IN_JOB in os.environ else {"working_dir": str(Path(__file__).parents[1])}
-                ray.init(address=address, runtime_env=sources, log_to_driver=False, logging_level=logging.ERROR)
+                _attach(address)
             else:
                 ray.init(
                     address="local",
@@ -46,12 +48,24 @@ def ray_session(config: RayConfig) -> Iterator[None]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-    except ConnectionError as error:
+    except (ConnectionError, AuthenticationError) as error:
         raise ConfigError(
-            f"no Ray cluster answers at --ray.address {address} ({error}); start one with `ray start --head`, "
+            f"no Ray cluster takes us at --ray.address {address} ({error}); start one with `ray start --head`, "
             "or leave the option out to run on this machine"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _attach(address: str) -> None:
+    """Connect to a cluster; its workers get the sources, unless a job has brought them already."""
+    import ray
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {}
+        if IN_JOB not in os.environ:
+            copy_sources(Path(folder), {})
+            environment = {"working_dir": folder}
+        ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from train.config import AggregatorName
+from train.config import AggregatorName, SettingsError
 from train.quantize import PartCodebook
 
 
@@ -70,13 +70,13 @@ class Attention(Aggregator):
         heads: a divisor of D.
 
     Raises:
-        ValueError: when D cannot be cut into so many slices.
+        SettingsError: when D cannot be cut into so many slices.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__(dim)
         if heads < 1 or dim % heads:
-            raise ValueError(f"found {dim} dimensions and {heads} heads; expected heads that divide the dimensions")
+            raise SettingsError(f"found {dim} dimensions and {heads} heads; expected heads that divide the dimensions")
         self.queries = nn.Parameter(torch.zeros(heads, dim))
 
     def weights(self, parts: Tensor, mask: Tensor) -> Tensor:
@@ -227,10 +227,10 @@ def build_aggregator(
         codebook: centres that netvlad shares with another aggregator; a new codebook otherwise.
 
     Raises:
-        ValueError: on an unknown name, or a codebook that does not fit.
+        SettingsError: on an unknown name, or a codebook that does not fit.
     """
     if codebook is not None and (name != "netvlad" or codebook.centres.shape != (clusters, dim)):
-        raise ValueError(
+        raise SettingsError(
             f"found a codebook of shape {tuple(codebook.centres.shape)} for aggregator {name!r}; expected "
             f"{(clusters, dim)} for 'netvlad', and none for the others"
         )
@@ -246,4 +246,4 @@ def build_aggregator(
         case "netvlad":
             return NetVLAD(codebook or PartCodebook(clusters, dim))
         case _:
-            raise ValueError(f"found aggregator {name!r}; expected mean, max, attention, gpo or netvlad")
+            raise SettingsError(f"found aggregator {name!r}; expected mean, max, attention, gpo or netvlad")

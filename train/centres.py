@@ -7,6 +7,8 @@ image with all its captions; concepts are numbered 0 to C-1 without gaps.
 import torch
 from torch import Tensor, nn
 
+from train.config import SettingsError
+
 
 class ConceptCentres(nn.Module):
     """C centres of E dimensions, starting at the origin; only the rows that a batch names are touched.
@@ -17,7 +19,7 @@ class ConceptCentres(nn.Module):
         rate: η, how far a centre moves towards its embeddings at each update, 0 to 1.
 
     Raises:
-        ValueError: on a table without rows, or a rate outside (0, 1].
+        SettingsError: on a table without rows, or a rate outside (0, 1].
     """
 
     centres: Tensor
@@ -25,7 +27,7 @@ class ConceptCentres(nn.Module):
     def __init__(self, concepts: int, dim: int, rate: float) -> None:
         super().__init__()
         if concepts < 1 or not 0 < rate <= 1:
-            raise ValueError(
+            raise SettingsError(
                 f"found {concepts} concepts and rate {rate}; expected at least one concept and 0 < rate <= 1"
             )
         self.rate = rate

@@ -7,6 +7,10 @@ Mining = Literal["hardest", "all", "weighted"]
 AggregatorName = Literal["mean", "max", "attention", "gpo", "netvlad"]
 
 
+class SettingsError(ValueError):
+    """Settings that do not fit each other or the data: what was found, what was expected."""
+
+
 @dataclass(frozen=True)
 class TowerConfig:
     """One modality's head: what it reads from the cache and how it becomes one vector."""

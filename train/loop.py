@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featurize.shards import Array
 from train.batches import Batch, FeatureReader, Inputs, Pairs, Schedule, prefetch, worker_slices
-from train.config import TrainConfig
+from train.config import SettingsError, TrainConfig
 from train.distributed import average_gradients, gather_rows, world
 from train.losses.objective import Objective
 from train.noise import Noise
@@ -138,7 +138,7 @@ def train_worker(
         progress: (total steps, steps done) -> a bar, asked for on rank 0.
 
     Raises:
-        ValueError: the global batch is smaller than the number of workers.
+        SettingsError: the global batch is smaller than the number of workers.
         FloatingPointError: the loss is not finite.
     """
     trainer = _Trainer(work, device)
@@ -176,7 +176,7 @@ class _Trainer:
         self.device = device
         self.rank, workers = world()
         if config.batch < workers:
-            raise ValueError(
+            raise SettingsError(
                 f"a batch of {config.batch} pairs cannot be dealt to {workers} workers; raise --train.batch"
             )
         self.reader = FeatureReader(work.inputs)

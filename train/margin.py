@@ -12,7 +12,7 @@ distance:
 import torch
 from torch import Tensor, nn
 
-from train.config import MarginConfig
+from train.config import MarginConfig, SettingsError
 from train.losses.distances import mean_distances
 
 
@@ -23,7 +23,7 @@ class Margin(nn.Module):
     It moves in training mode only, and not on a batch without negatives.
 
     Raises:
-        ValueError: on a weight, decay or range that forms A and C cannot use.
+        SettingsError: on a weight, decay or range that forms A and C cannot use.
     """
 
     average: Tensor
@@ -35,7 +35,7 @@ class Margin(nn.Module):
         self.pairwise = config.form in ("B", "C")
         if self.adaptive:
             if config.weight <= 0 or not 0 <= config.decay < 1 or config.low > config.high:
-                raise ValueError(
+                raise SettingsError(
                     f"margin form {config.form}: found weight {config.weight}, decay {config.decay}, "
                     f"low {config.low}, high {config.high}; expected weight > 0, 0 <= decay < 1, low <= high"
                 )
@@ -54,13 +54,13 @@ class Margin(nn.Module):
             A scalar for `fixed` and A, (B, B) for B and C.
 
         Raises:
-            ValueError: when forms B or C get captions without vectors.
+            SettingsError: when forms B or C get captions without vectors.
         """
         scale = self._follow(distances, negatives) if self.adaptive else distances.new_tensor(self.config.start)
         if not self.pairwise:
             return scale
         if semantic.shape[1] == 0:
-            raise ValueError(
+            raise SettingsError(
                 f"margin form {self.config.form} compares captions, but they come without frozen vectors; "
                 "give the batch a sentence column, or choose form fixed or A"
             )

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from train.config import SettingsError
+
 NEAREST_RATIO = 100.0  # form A starts with the nearest centre weighing this many times the second nearest
 
 
@@ -46,10 +48,13 @@ def kmeans(points: Tensor, clusters: int, *, seed: int = 0, iterations: int = 25
         (M, D) float32, on the device of `points`.
 
     Raises:
-        ValueError: when there are fewer points than clusters.
+        SettingsError: when there are fewer points than clusters.
     """
     if len(points) < clusters:
-        raise ValueError(f"k-means found {len(points)} points; expected at least {clusters}, one for each cluster")
+        raise SettingsError(
+            f"k-means found {len(points)} points for {clusters} centres; lower "
+            "--train.objective.quantization.codewords (or a tower's clusters), or train on more data"
+        )
     device, points = points.device, points.float().cpu()
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(points), (1,), generator=generator)
@@ -82,13 +87,13 @@ class PartCodebook(nn.Module):
         dim: D.
 
     Raises:
-        ValueError: on fewer than 2 clusters.
+        SettingsError: on fewer than 2 clusters.
     """
 
     def __init__(self, clusters: int, dim: int) -> None:
         super().__init__()
         if clusters < 2:
-            raise ValueError(f"found {clusters} clusters; expected at least 2 centres to choose from")
+            raise SettingsError(f"found {clusters} clusters; expected at least 2 centres to choose from")
         self.centres = nn.Parameter(torch.randn(clusters, dim))
         self.log_sharpness = nn.Parameter(torch.tensor(-0.5 * math.log(dim)))  # log alpha
 
@@ -103,16 +108,16 @@ class PartCodebook(nn.Module):
             seed: of k-means.
 
         Raises:
-            ValueError: when the sample has fewer parts than centres, or no two different parts.
+            SettingsError: when the sample has fewer parts than centres, or no two different parts.
         """
         clusters, dim = self.centres.shape
         if parts.ndim != 2 or parts.shape[1] != dim:
-            raise ValueError(f"found a sample of parts of shape {tuple(parts.shape)}; expected (N, {dim})")
+            raise SettingsError(f"found a sample of parts of shape {tuple(parts.shape)}; expected (N, {dim})")
         centres = kmeans(parts, clusters, seed=seed)
         two = affinities(parts.detach(), centres).topk(2).values  # (N, 2)
         difference = (two[:, 0] - two[:, 1]).mean()
         if difference <= 0:
-            raise ValueError(
+            raise SettingsError(
                 f"found {len(parts)} sampled parts that coincide; expected different ones: check the "
                 "features they come from"
             )
@@ -146,17 +151,17 @@ class ProductCodebook(nn.Module):
         codewords: M, at least 2; 256 makes each piece one byte.
 
     Raises:
-        ValueError: when E cannot be cut into S pieces, or on fewer than 2 codewords.
+        SettingsError: when E cannot be cut into S pieces, or on fewer than 2 codewords.
     """
 
     def __init__(self, dim: int, subspaces: int, codewords: int) -> None:
         super().__init__()
         if subspaces < 1 or dim % subspaces:
-            raise ValueError(
+            raise SettingsError(
                 f"found {dim} dimensions and {subspaces} sub-spaces; expected sub-spaces that divide the dimensions"
             )
         if codewords < 2:
-            raise ValueError(f"found {codewords} codewords; expected at least 2 in each sub-space")
+            raise SettingsError(f"found {codewords} codewords; expected at least 2 in each sub-space")
         self.codewords = nn.Parameter(torch.randn(subspaces, codewords, dim // subspaces) * dim**-0.5)
 
     def initialise(self, embeddings: Tensor, seed: int = 0) -> None:
@@ -167,7 +172,7 @@ class ProductCodebook(nn.Module):
             seed: of k-means.
 
         Raises:
-            ValueError: when the sample has fewer embeddings than codewords.
+            SettingsError: when the sample has fewer embeddings than codewords.
         """
         pieces = self._pieces(embeddings.detach())
         found = [kmeans(piece, self.codewords.shape[1], seed=seed) for piece in pieces]
@@ -242,5 +247,5 @@ class ProductCodebook(nn.Module):
     def _pieces(self, z: Tensor) -> Tensor:
         subspaces, _, width = self.codewords.shape
         if z.ndim != 2 or z.shape[1] != subspaces * width:
-            raise ValueError(f"found embeddings of shape {tuple(z.shape)}; expected (N, {subspaces * width})")
+            raise SettingsError(f"found embeddings of shape {tuple(z.shape)}; expected (N, {subspaces * width})")
         return z.reshape(-1, subspaces, width).transpose(0, 1)  # (S, N, E/S)

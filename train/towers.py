@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from train.aggregators import NetVLAD, build_aggregator
 from train.batches import Features
-from train.config import ModelConfig, TowerConfig
+from train.config import ModelConfig, SettingsError, TowerConfig
 from train.noise import Noise
 from train.quantize import PartCodebook
 
@@ -74,7 +74,7 @@ class Tower(nn.Module):
         codebook: netvlad centres shared with the other tower, or None.
 
     Raises:
-        ValueError: there is neither a vector nor a part column.
+        SettingsError: there is neither a vector nor a part column.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Tower(nn.Module):
     ) -> None:
         super().__init__()
         if not vector_dim and not part_dims:
-            raise ValueError("a tower reads nothing: set its `vectors` or its `parts` to outputs of its encoders")
+            raise SettingsError("a tower reads nothing: set its `vectors` or its `parts` to outputs of its encoders")
         self.config = config
         self.standardise_vectors = Standardise(vector_dim, signed_sqrt=config.signed_sqrt)
         self.standardise_parts = nn.ModuleList(Standardise(d, signed_sqrt=config.signed_sqrt) for d in part_dims)

@@ -2,7 +2,7 @@
 
 import difflib
 
-from featurize.encoder import ImageEncoder, Precision
+from featurize.encoder import EncoderError, ImageEncoder, Precision
 
 _PACKAGED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 
@@ -18,8 +18,8 @@ def open_image_encoder(reference: str, precision: Precision = "bfloat16", device
         device: where the network runs, e.g. "cpu", "cuda".
 
     Raises:
-        ValueError: unknown reference, or a checkpoint that cannot be used.
-        FileNotFoundError: weights that are neither stored nor reachable; the message says where to put them.
+        EncoderError: unknown reference, or a checkpoint that cannot be used.
+        EncoderError: weights that are neither stored nor reachable; the message says where to put them.
     """
     # Each family's libraries take seconds to import.
     if reference in _PACKAGED:
@@ -35,7 +35,7 @@ def open_image_encoder(reference: str, precision: Precision = "bfloat16", device
 
         return open_backbone(reference, precision, device)
     nearest = difflib.get_close_matches(reference, (*_PACKAGED, "torchvision:", "transformers:"), n=1, cutoff=0)[0]
-    raise ValueError(
+    raise EncoderError(
         f"unknown image encoder {reference!r}, the nearest is {nearest!r}; expected {', '.join(_PACKAGED)}, "
         "torchvision:NAME[@default|@random[:SEED]|@FILE] or transformers:FOLDER-OR-HUB-NAME"
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from featurize.checkpoints import digest_config, find_checkpoint, load_network, quiet
-from featurize.encoder import JSON, Precision, first_line, hash_weights
+from featurize.encoder import JSON, EncoderError, Precision, first_line, hash_weights
 from featurize.images.grid import GridEncoder, cells
 from featurize.images.preprocessing import rgb, shorten
 
@@ -23,8 +23,8 @@ def open_backbone(reference: str, precision: Precision, device: str) -> GridEnco
     grid. A checkpoint of two towers is opened as its image tower.
 
     Raises:
-        FileNotFoundError: neither a complete folder nor a hub model that is cached or can be reached.
-        ValueError: not a vision model, or one whose images or tokens are laid out otherwise.
+        EncoderError: neither a complete folder nor a hub model that is cached or can be reached.
+        EncoderError: not a vision model, or one whose images or tokens are laid out otherwise.
     """
     folder = find_checkpoint(reference, "preprocessor_config.json")
     network = load_network(folder)
@@ -58,12 +58,12 @@ class Processor:
             self._settings: dict[str, Any] = json.loads(self._processor.to_json_string())
             blank = self.pixels(Image.new("RGB", (48, 32)))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
+            raise EncoderError(
                 f"{folder}: no image processor that can be used ({first_line(error)}); expected "
                 "a preprocessor_config.json of a processor that rescales and normalises after all else"
             ) from error
         if blank.dtype != torch.uint8 or blank.dim() != 3:
-            raise ValueError(
+            raise EncoderError(
                 f"{folder}: {type(self._processor).__name__} makes {blank.dtype} {tuple(blank.shape)} of an "
                 "image; expected uint8 pixels (3, H, W). Use a fixed-size variant of the model"
             )
@@ -102,7 +102,7 @@ def _special_tokens(network: Any, size: torch.Size, reference: str) -> int:
     """How many tokens stand before the patches in the last hidden state; 0 for a network without such tokens.
 
     Raises:
-        ValueError: the number of tokens is not explained by patches, class, register and distillation tokens.
+        EncoderError: the number of tokens is not explained by patches, class, register and distillation tokens.
     """
     with torch.inference_mode():
         hidden = network(pixel_values=torch.zeros(1, 3, *size)).last_hidden_state
@@ -115,7 +115,7 @@ def _special_tokens(network: Any, size: torch.Size, reference: str) -> int:
         special += parameter.shape[1] if leaf == "register_tokens" else counts.get(leaf, 0)
     patch = getattr(network.config, "patch_size", None)
     if patch is None:
-        raise ValueError(
+        raise EncoderError(
             f"{reference}: the configuration of {type(network).__name__} names no patch_size, so its tokens cannot "
             "be told apart; use another backbone"
         )
@@ -124,7 +124,7 @@ def _special_tokens(network: Any, size: torch.Size, reference: str) -> int:
     tokens = hidden.shape[1]
     merged = special == 0 and tokens < patches  # Swin merges patches from stage to stage
     if tokens - special != patches and not merged:
-        raise ValueError(
+        raise EncoderError(
             f"{reference}: {type(network).__name__} gives {tokens} tokens for {patches} patches and "
             f"{special} class, register or distillation tokens, so its patches cannot be told apart; use "
             "another backbone"

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from featurize.encoder import Precision, first_line, hash_weights
+from featurize.encoder import EncoderError, Precision, first_line, hash_weights
 from featurize.images.grid import GridEncoder, cells
 from featurize.images.preprocessing import ResizeAndCrop
 
@@ -37,14 +37,14 @@ def open_classification(reference: str, precision: Precision, device: str) -> Gr
         device: where the network runs.
 
     Raises:
-        ValueError: unknown name, or weights that do not fit or would need pickle.
-        FileNotFoundError: no such file, or default weights that are neither stored nor reachable.
+        EncoderError: unknown name, or weights that do not fit or would need pickle.
+        EncoderError: no such file, or default weights that are neither stored nor reachable.
     """
     name, _, source = reference.removeprefix("torchvision:").partition("@")
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise ValueError(
+        raise EncoderError(
             f"torchvision has no classification network {name!r}; the nearest name is {nearest!r} "
             f"(torchvision:{nearest})"
         )
@@ -102,7 +102,7 @@ def _fitted(name: str, size: int, file: Path) -> nn.Module:
             f"{len(missing)} tensors are missing {missing[:2]}, {len(unexpected)} are unexpected "
             f"{unexpected[:2]}, {len(differing)} have another shape {differing[:2]}"
         )
-        raise ValueError(f"{file} does not fit torchvision's {name}: {examples}; give weights of that network")
+        raise EncoderError(f"{file} does not fit torchvision's {name}: {examples}; give weights of that network")
     target.update(state)
     network.load_state_dict(target)
     return network
@@ -117,7 +117,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # Damaged files make the readers fail in many ways; objects are refused by an UnpicklingError.
-        raise ValueError(
+        raise EncoderError(
             f"{file} cannot be read as weights ({type(error).__name__}: {first_line(error)}); expected "
             ".safetensors, or a state dict saved by torch.save(model.state_dict(), FILE): objects are never "
             "unpickled"
@@ -126,7 +126,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(
+        raise EncoderError(
             f"{file} holds a {type(found).__name__} that is no state dict (names to tensors); save it with "
             "torch.save(model.state_dict(), FILE)"
         )
@@ -142,7 +142,7 @@ def _current(key: str) -> str:
 def _existing(source: str, reference: str) -> Path:
     file = Path(source).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(
+        raise EncoderError(
             f"{reference}: there is no file {file.absolute()}; after @ comes default, random, random:SEED or "
             "a file of weights"
         )
@@ -158,7 +158,7 @@ def _default_file(default: Any, network: str) -> Path:
         try:
             torch.hub.download_url_to_file(default.url, str(file), digest and digest[1], progress=False)
         except OSError as error:
-            raise FileNotFoundError(
+            raise EncoderError(
                 f"{network}: {file} does not exist and {default.url} cannot be reached ({error}). "
                 f"Download that URL elsewhere and put it there, or name the file: {network}@FILE; "
                 f"{network}@random needs none"

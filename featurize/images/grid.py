@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from featurize.encoder import JSON, Card, Output, Precision, freeze, frozen_forward, usable_precision
+from featurize.encoder import JSON, Card, EncoderError, Output, Precision, freeze, frozen_forward, usable_precision
 from featurize.images.preprocessing import Preprocessing
 
 
@@ -69,10 +69,10 @@ class GridEncoder:
             "grid" (B, N, D) and "pooled" (B, D), float32 on the CPU.
 
         Raises:
-            ValueError: the batch has another dtype or number of axes.
+            EncoderError: the batch has another dtype or number of axes.
         """
         if batch.dtype != torch.uint8 or batch.dim() != 4:
-            raise ValueError(
+            raise EncoderError(
                 f"expected a uint8 batch (B, 3, H, W) of prepared images, found {batch.dtype} {tuple(batch.shape)}"
             )
         with frozen_forward(self._precision, self._device):

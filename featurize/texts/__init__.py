@@ -1,6 +1,6 @@
 """Frozen networks that describe captions, opened by a reference such as "minilm"."""
 
-from featurize.encoder import Precision, TextEncoder
+from featurize.encoder import EncoderError, Precision, TextEncoder
 
 
 def open_text_encoder(reference: str, precision: Precision = "bfloat16", device: str = "cpu") -> TextEncoder:
@@ -13,12 +13,12 @@ def open_text_encoder(reference: str, precision: Precision = "bfloat16", device:
         device: where the network runs, e.g. "cpu", "cuda".
 
     Raises:
-        ValueError: unknown reference, or a checkpoint that cannot be used.
-        FileNotFoundError: a checkpoint that is neither stored nor reachable; the message says what to do.
+        EncoderError: unknown reference, or a checkpoint that cannot be used.
+        EncoderError: a checkpoint that is neither stored nor reachable; the message says what to do.
     """
     if reference != "minilm" and not reference.startswith("transformers:"):
         nearest = "transformers:" if reference.startswith("t") else "minilm"
-        raise ValueError(
+        raise EncoderError(
             f"unknown text encoder {reference!r}, the nearest is {nearest!r}; expected minilm or "
             "transformers:FOLDER-OR-HUB-NAME"
         )

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from featurize.checkpoints import digest_config, digest_files, find_checkpoint, load_network, quiet
 from featurize.encoder import (
     Card,
+    EncoderError,
     Output,
     Precision,
     first_line,
@@ -39,8 +40,8 @@ def open_tokens(reference: str, precision: Precision, device: str) -> "TokenEnco
     Of a checkpoint of two towers the text tower is opened, of encoder and decoder the encoder.
 
     Raises:
-        FileNotFoundError: neither a complete folder nor a hub model that is cached or can be reached.
-        ValueError: not a text model, no tokenizer, or a pooling that is not known.
+        EncoderError: neither a complete folder nor a hub model that is cached or can be reached.
+        EncoderError: not a text model, no tokenizer, or a pooling that is not known.
     """
     if reference == "minilm":
         return TokenEncoder("minilm", Path(get_model_path()), precision, device)
@@ -138,7 +139,7 @@ class TokenEncoder:
 def _load_tokenizer(folder: Path) -> Any:
     # Without a vocabulary transformers makes an empty tokenizer, which knows no word.
     if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
-        raise FileNotFoundError(
+        raise EncoderError(
             f"{folder} holds no vocabulary: expected one of {', '.join(_VOCABULARIES)}. Is it a text model?"
         )
     try:
@@ -146,7 +147,7 @@ def _load_tokenizer(folder: Path) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # The tokenizers' library raises bare exceptions.
-        raise ValueError(
+        raise EncoderError(
             f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); copy the folder again"
         ) from error
 
@@ -166,7 +167,7 @@ def _read_pooling(folder: Path) -> Pooling:
     known: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "first", "lasttoken": "last"}
     chosen = [known.get(mode) for mode in modes if mode != "include_prompt"]
     if len(chosen) != 1 or chosen[0] is None:
-        raise ValueError(f"{file}: the pooling {modes} is not known; expected exactly one of {sorted(known)}")
+        raise EncoderError(f"{file}: the pooling {modes} is not known; expected exactly one of {sorted(known)}")
     return chosen[0]
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from transformers.utils import logging
 
 from featurize.checkpoints import digest_config, digest_files, find_checkpoint, load_network, quiet
+from featurize.encoder import EncoderError
 
 CONFIG = transformers.BertConfig(
     vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
@@ -33,17 +34,17 @@ def test_no_such_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_a, **_k: pytest.fail("asked the hub"))
     if name:
-        with pytest.raises(FileNotFoundError, match=rf"transformers:{name}: there is no folder /.*tokenizer.json"):
+        with pytest.raises(EncoderError, match=rf"transformers:{name}: there is no folder /.*tokenizer.json"):
             find_checkpoint(f"transformers:{name}", "tokenizer.json")
     else:
-        with pytest.raises(FileNotFoundError, match=r"no config.json"):
+        with pytest.raises(EncoderError, match=r"no config.json"):
             find_checkpoint("transformers:", "tokenizer.json")
 
 
 def test_a_hub_name_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(EncoderError) as caught:
         find_checkpoint("transformers:nobody/no-such-model", "tokenizer.json")
     message = str(caught.value)
     assert message.startswith(f"transformers:nobody/no-such-model: there is no folder {tmp_path}/nobody/no-such-model")
@@ -54,7 +55,7 @@ def test_a_hub_name_without_a_network(tmp_path, monkeypatch):
 
 def test_a_name_that_no_hub_model_can_have(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"hub gives no model 'two words' \(Repo id must"):
+    with pytest.raises(EncoderError, match=r"hub gives no model 'two words' \(Repo id must"):
         find_checkpoint("transformers:two words", "x")
 
 
@@ -78,7 +79,7 @@ def test_a_hub_model_is_fetched_without_pickles(folder, tmp_path, monkeypatch):
 
 def test_pickled_weights_are_named_and_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"holds no model\*.safetensors, only: config.json, pytorch_model.bin"):
+    with pytest.raises(EncoderError, match=r"holds no model\*.safetensors, only: config.json, pytorch_model.bin"):
         find_checkpoint(f"transformers:{folder}", "tokenizer.json")
 
 
@@ -90,7 +91,7 @@ def test_pickled_weights_are_not_loaded_beside_other_files(folder):
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no config.json, only: nothing. Expected config.json"):
+    with pytest.raises(EncoderError, match=r"holds no config.json, only: nothing. Expected config.json"):
         find_checkpoint(f"transformers:{tmp_path}", "tokenizer.json")
 
 

@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import ray.job_submission
+from mlflow import MlflowClient
 from ray.job_submission import JobStatus
 
 from pipeline import jobs
+from pipeline.__main__ import main
 from pipeline.config import RunConfig, merge
 from pipeline.jobs import JobError, absolute, submit
 
@@ -277,9 +280,16 @@ def free_ports(count):
     raise AssertionError
 
 
+class Head(NamedTuple):
+    """Where jobs go, and where drivers attach."""
+
+    jobs: str
+    ray: str
+
+
 @pytest.fixture
 def head(tmp_path, monkeypatch):
-    """A Ray head with a dashboard; its address."""
+    """A Ray head with a dashboard, started by hand."""
     port, dashboard, client_port, agent, agent_grpc, environments = free_ports(6)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with (tmp_path / "head.log").open("wb") as log:
@@ -305,7 +315,7 @@ def head(tmp_path, monkeypatch):
             assert process.poll() is None, (tmp_path / "head.log").read_text()
             assert time.monotonic() < end, (tmp_path / "head.log").read_text()
             time.sleep(0.3)
-        yield address
+        yield Head(address, f"127.0.0.1:{port}")
     finally:
         process.terminate()  # the head drains, then ends what it started
         process.wait(60)
@@ -314,20 +324,20 @@ def head(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")  # Ray 2.60 and aiohttp
 def test_jobs_on_a_real_head(head, capsys, tmp_path):
-    assert submit(["run", "--help"], head, files={}, python=sys.executable) == 0
+    assert submit(["run", "--help"], head.jobs, files={}, python=sys.executable) == 0
     out = capsys.readouterr().out
     assert "usage: python -m pipeline run METHOD" in out
     assert "SUCCEEDED" in out
 
     files = {"mine.yaml": "recipe: less\ntrain: {lr: fast}\n"}
-    assert submit(["run", "mine.yaml"], head, files=files, python=sys.executable) == 1
+    assert submit(["run", "mine.yaml"], head.jobs, files=files, python=sys.executable) == 1
     out = capsys.readouterr().out
     assert "error: mine.yaml:2: train.lr: found 'fast', expected number" in out
     assert "FAILED" in out
 
-    assert submit(["run", "--help"], head, files={}, python=sys.executable, wait=False) == 0
+    assert submit(["run", "--help"], head.jobs, files={}, python=sys.executable, wait=False) == 0
     job = capsys.readouterr().out.split()[1]
-    command = f"ray job logs --follow {job} --address {head}"
+    command = f"ray job logs --follow {job} --address {head.jobs}"
     done = subprocess.run(
         [str(Path(sys.executable).parent / "ray"), *shlex.split(command)[1:]],
         capture_output=True,
@@ -336,3 +346,40 @@ def test_jobs_on_a_real_head(head, capsys, tmp_path):
         env={**os.environ, "RAY_API_SERVER_ADDRESS": ""},
     )
     assert "usage: python -m pipeline run METHOD" in done.stdout
+
+
+SMALL = [
+    *("--data.scenes.train", "40", "--data.scenes.val", "16", "--data.scenes.test", "8"),
+    *("--featurize.images", "efficientnet-lite0", "--featurize.views", "plain"),
+    *("--train.epochs", "2", "--train.batch", "32", "--train.model.dim", "64", "--train.cpus_per_worker", "1"),
+    *("--train.objective.quantization.codewords", "16"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")  # Ray 2.60 and aiohttp
+def test_the_scenes_job_and_its_mlflow_run(head, capsys, tmp_path, monkeypatch):
+    """Submitted from another folder, with relative paths; the run, its cache and its MLflow run are found here."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--cache", "cache", "--runs", "runs", "--name", "job", *SMALL]
+    code = main(["submit", "run", "less", *arguments, "--address", head.jobs, "--python", sys.executable])
+    out = capsys.readouterr().out
+    assert code == 0, out
+    assert "SUCCEEDED" in out
+    assert "val, full: rSum" in out
+    metrics = json.loads((tmp_path / "runs" / "job" / "metrics.json").read_text())
+    known = json.loads((tmp_path / "runs" / "job" / "mlflow.json").read_text())
+    run = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").get_run(known["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["rsum"] == pytest.approx(metrics["rsum"])
+
+    # the same features, by a driver that attaches to the cluster: nothing is extracted, and a worker trains
+    arguments = ["--cache", "cache", "--runs", "runs", "--name", "attached", *SMALL]
+    assert main(["run", "less", *arguments, "--ray.address", head.ray]) == 0
+    assert "0 rows to extract" in capsys.readouterr().out
+    assert json.loads((tmp_path / "runs" / "attached" / "metrics.json").read_text()) == metrics
+
+    code = main(["submit", "run", "less", *arguments, "--address", head.jobs, "--python", sys.executable])
+    assert code == 1  # the name is taken: the job fails, and so does the command
+    assert "exists; give another --name" in capsys.readouterr().out

@@ -12,6 +12,8 @@ from pipeline.config import RunConfig, load_yaml, merge
 
 SMALL = [
     *("--data.scenes.train", "40", "--data.scenes.val", "16", "--data.scenes.test", "8"),
+    *("--featurize.images", "efficientnet-lite0", "--featurize.views", "plain"),
+    *("--train.objective.quantization.codewords", "16"),
     *("--train.workers", "0", "--train.epochs", "2", "--train.batch", "32", "--train.model.dim", "64"),
 ]
 

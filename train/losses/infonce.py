@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config import InfoNCEConfig
+from train.config import InfoNCEConfig, SettingsError
 
 MAX_SCALE = 100.0  # CLIP's bound on 1 / τ
 
@@ -21,13 +21,13 @@ class InfoNCELoss(nn.Module):
     itself, as CLIP does: a clamp on its value would leave it without gradient once beyond.
 
     Raises:
-        ValueError: on a first temperature outside [1/100, infinity).
+        SettingsError: on a first temperature outside [1/100, infinity).
     """
 
     def __init__(self, config: InfoNCEConfig) -> None:
         super().__init__()
         if config.temperature < 1 / MAX_SCALE:
-            raise ValueError(f"found InfoNCE temperature {config.temperature}; expected at least {1 / MAX_SCALE}")
+            raise SettingsError(f"found InfoNCE temperature {config.temperature}; expected at least {1 / MAX_SCALE}")
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)), requires_grad=config.learn)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train.batches import Pairs
-from train.config import ObjectiveConfig
+from train.config import ObjectiveConfig, SettingsError
 from train.losses.center import CenterLoss
 from train.losses.distances import masked_mean, mean_distances, negative_pairs, squared_distances
 from train.losses.hinge import HingeLoss
@@ -31,7 +31,7 @@ class Objective(nn.Module):
         concepts: number of images in the training split; `Pairs.image_ids` are 0 to concepts - 1.
 
     Raises:
-        ValueError: on a negative weight, or `rank_codes` without a quantization term.
+        SettingsError: on a negative weight, or `rank_codes` without a quantization term.
     """
 
     def __init__(self, config: ObjectiveConfig, dim: int, concepts: int) -> None:
@@ -39,9 +39,9 @@ class Objective(nn.Module):
         lambdas = {"center": config.center.weight, "quantization": config.quantization.weight}
         for name, value in lambdas.items():
             if value < 0:
-                raise ValueError(f"found weight {value} of the {name} loss; expected 0 (not built) or more")
+                raise SettingsError(f"found weight {value} of the {name} loss; expected 0 (not built) or more")
         if config.quantization.rank_codes and not config.quantization.weight:
-            raise ValueError("rank_codes needs the codebook; give the quantization loss a weight above 0")
+            raise SettingsError("rank_codes needs the codebook; give the quantization loss a weight above 0")
         self.ranking: HingeLoss | InfoNCELoss = (
             HingeLoss(config.hinge) if config.ranking == "hinge" else InfoNCELoss(config.infonce)
         )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.config import QuantizationConfig
+from train.config import QuantizationConfig, SettingsError
 from train.quantize import ProductCodebook
 
 
@@ -76,13 +76,15 @@ class QuantizationLoss(nn.Module):
         dim: E.
 
     Raises:
-        ValueError: on a temperature that is not above 0; on sizes, see `ProductCodebook`.
+        SettingsError: on a temperature that is not above 0; on sizes, see `ProductCodebook`.
     """
 
     def __init__(self, config: QuantizationConfig, dim: int) -> None:
         super().__init__()
         if min(config.tau_start, config.tau_end) <= 0:
-            raise ValueError(f"found tau_start {config.tau_start} and tau_end {config.tau_end}; expected both above 0")
+            raise SettingsError(
+                f"found tau_start {config.tau_start} and tau_end {config.tau_end}; expected both above 0"
+            )
         self.config = config
         self.codebook = ProductCodebook(dim, config.subspaces, config.codewords)
 

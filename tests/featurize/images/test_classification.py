@@ -9,7 +9,7 @@ import torchvision.models
 from PIL import Image
 from torch import nn
 
-from featurize.encoder import Output
+from featurize.encoder import EncoderError, Output
 from featurize.images import open_image_encoder
 
 
@@ -230,7 +230,7 @@ def test_a_file_of_something_else(tmp_path, content):
 
 @pytest.mark.parametrize("source", ["missing.pth", "Default", "random:x"])
 def test_no_such_file(source):
-    with pytest.raises(FileNotFoundError, match=rf"there is no file .*{source}; after @ comes default, random"):
+    with pytest.raises(EncoderError, match=rf"there is no file .*{source}; after @ comes default, random"):
         open_image_encoder(f"torchvision:squeezenet1_1@{source}")
 
 
@@ -265,7 +265,7 @@ def test_default_weights_without_a_network(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(EncoderError) as caught:
         open_image_encoder("torchvision:squeezenet1_1")
     message = str(caught.value)
     assert str(tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth") in message

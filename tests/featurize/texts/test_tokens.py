@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from featurize.checkpoints import quiet
-from featurize.encoder import Output, usable_precision
+from featurize.encoder import EncoderError, Output, usable_precision
 from featurize.texts import open_text_encoder
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "dog", "cat", "runs", "on", "grass"]
@@ -268,7 +268,7 @@ def test_another_tokenizer_is_another_encoder(bert):
 
 def test_no_vocabulary(bert):
     (bert / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"bert holds no vocabulary: expected one of tokenizer.json, vocab"):
+    with pytest.raises(EncoderError, match=r"bert holds no vocabulary: expected one of tokenizer.json, vocab"):
         exact(bert)
 
 
