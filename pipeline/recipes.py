@@ -7,8 +7,9 @@ A new method is a new entry of `RECIPES`; a variation of one is a YAML file:
       objective: {center: {weight: 0.1}}
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from featurize.config import FeaturizeConfig
 from pipeline.config import ConfigError, RunConfig, did_you_mean, load_yaml, merge
 from train.config import (
     CenterConfig,
@@ -31,11 +32,16 @@ class Recipe:
     config: RunConfig
 
 
-_HEADS = ModelConfig(
-    dim=512,
-    image=TowerConfig(signed_sqrt=True, width=1536, input_dropout=0.6),
-    text=TowerConfig(vectors=("sentence",), width=1536, input_dropout=0.2),
+# Tuned on the val part of Flickr8K (docs/results.md).
+_FEATURES = FeaturizeConfig(
+    images=("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"), views=("plain", "flip")
 )
+_MODEL = ModelConfig(
+    dim=512,
+    image=TowerConfig(signed_sqrt=True, width=1024, input_dropout=0.6, dropout=0.2),
+    text=TowerConfig(vectors=("sentence",), width=1024, input_dropout=0.2, dropout=0.2),
+)
+_TRAINING = TrainConfig(model=_MODEL, epochs=12, batch=512, lr=1e-3, weight_decay=0.05, ema=0.998, bf16=True)
 
 RECIPES: dict[str, Recipe] = {
     "less": Recipe(
@@ -45,12 +51,13 @@ RECIPES: dict[str, Recipe] = {
         "TPAMI 44(12), 2022, arXiv 2210.03838.",
         RunConfig(
             method="less",
-            train=TrainConfig(
-                model=_HEADS,
+            featurize=_FEATURES,
+            train=replace(
+                _TRAINING,
                 objective=ObjectiveConfig(
                     ranking="hinge",
-                    hinge=HingeConfig(mining="hardest", warmup=0.1, margin=MarginConfig(form="A")),
-                    center=CenterConfig(weight=0.01),
+                    hinge=HingeConfig(mining="weighted", warmup=0.0, margin=MarginConfig(form="A", weight=0.5)),
+                    center=CenterConfig(weight=0.05),
                     quantization=QuantizationConfig(weight=0.01),
                 ),
             ),
@@ -62,8 +69,9 @@ RECIPES: dict[str, Recipe] = {
         "ICML 2021, arXiv 2103.00020.",
         RunConfig(
             method="infonce",
-            train=TrainConfig(
-                model=_HEADS,
+            featurize=_FEATURES,
+            train=replace(
+                _TRAINING,
                 objective=ObjectiveConfig(ranking="infonce", infonce=InfoNCEConfig(temperature=0.05, learn=True)),
             ),
         ),

@@ -12,7 +12,14 @@ import torch
 from evaluate.embed import embed_split
 from evaluate.protocols import evaluate_full
 from train.batches import FeatureReader, Inputs
-from train.config import CenterConfig, HingeConfig, MarginConfig, ObjectiveConfig, QuantizationConfig
+from train.config import (
+    CenterConfig,
+    HingeConfig,
+    MarginConfig,
+    ObjectiveConfig,
+    QuantizationConfig,
+    TowerConfig,
+)
 from train.fit import LocalCheckpoints, fit
 from train.loop import Work, learning_rate, start, train_worker
 from train.state import StateError, open_model, read_state
@@ -189,6 +196,29 @@ def test_options_of_optimisation_change_the_result(tiny_cache, tiny_config, tmp_
     differing = [name for name, value in one["best_weights"].items() if not value.equal(two["best_weights"][name])]
     assert differing
     assert two["best"] > 150
+
+
+@pytest.mark.parametrize("aggregator", ["mean", "max", "attention", "gpo", "netvlad"])
+def test_heads_learn_from_parts_with_every_aggregator(tiny_cache, tiny_config, tmp_path, aggregator):
+    shared = aggregator == "netvlad"
+    settings = {"aggregator": aggregator, "clusters": 4, "heads": 2, "width": 32, "input_dropout": 0.0, "dropout": 0.0}
+    model = replace(
+        tiny_config.model,
+        shared_codebook=shared,
+        image=TowerConfig(vectors=(), parts=("one.grid",), **settings),
+        text=TowerConfig(vectors=(), parts=("tokens",), **settings),
+    )
+    work = make_work(tiny_cache, replace(tiny_config, model=model, epochs=6), tmp_path)
+    train_here(work, tmp_path)
+    assert last_state(tmp_path)["best"] > 220
+
+
+@pytest.mark.parametrize("form", ["fixed", "A", "B", "C"])
+@pytest.mark.parametrize("mining", ["hardest", "all", "weighted"])
+def test_heads_learn_with_every_hinge(tiny_cache, tiny_config, tmp_path, form, mining):
+    objective = ObjectiveConfig(ranking="hinge", hinge=HingeConfig(mining=mining, margin=MarginConfig(form=form)))
+    train_here(make_work(tiny_cache, replace(tiny_config, objective=objective), tmp_path), tmp_path)
+    assert last_state(tmp_path)["best"] > 150
 
 
 def test_learning_rate_rises_then_falls_to_zero(tiny_config):
