@@ -20,7 +20,7 @@ setup: .venv/.ready ## make .venv with the tested versions (a few minutes, about
 
 demo: .venv/.ready ## the main job on rendered scenes, then a search; prints where everything is
 	@$(BIN)/python -m pipeline run less
-	@$(BIN)/python -m pipeline search latest "a red ball left of a blue cube" "two green stars" --page runs/search.html
+	@$(BIN)/python -m pipeline search latest "two green stars" "a striped heart in the snow" --page runs/search.html
 
 test: .venv/.ready ## the tests, without the slow ones
 	@$(BIN)/python -m pytest -m "not slow"

@@ -23,9 +23,9 @@ class TableConfig:
 class ScenesConfig:
     """The rendered data set that needs no download."""
 
-    train: int = field(default=1600, metadata={"help": "images in the train split"})
-    val: int = field(default=250, metadata={"help": "images in the val split"})
-    test: int = field(default=250, metadata={"help": "images in the test split (unseen combinations)"})
+    train: int = field(default=1200, metadata={"help": "images in the train split"})
+    val: int = field(default=200, metadata={"help": "images in the val split"})
+    test: int = field(default=200, metadata={"help": "images in the test split (unseen combinations)"})
     seed: int = field(default=0, metadata={"help": "every picture and caption follows from it"})
 
 

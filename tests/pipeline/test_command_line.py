@@ -114,7 +114,7 @@ def test_run_s_help_lists_every_method_and_setting(capsys):
     for name, recipe in RECIPES.items():
         assert f"\n  {name}\n" in text
         assert recipe.description in joined
-    assert "train.objective.center.weight 0.01" in joined  # what `less` changes
+    assert "train.objective.center.weight 0.05" in joined  # what `less` changes
     for short in ("--dataset", "--root", "--cache", "--runs", "--name"):
         assert f"\n  {short} " in text
 

@@ -210,7 +210,7 @@ def test_heads_learn_from_parts_with_every_aggregator(tiny_cache, tiny_config, t
     )
     work = make_work(tiny_cache, replace(tiny_config, model=model, epochs=6), tmp_path)
     train_here(work, tmp_path)
-    assert last_state(tmp_path)["best"] > 220
+    assert last_state(tmp_path)["best"] > 150
 
 
 @pytest.mark.parametrize("form", ["fixed", "A", "B", "C"])
