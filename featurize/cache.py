@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from featurize.datasets.sample import Sample
 from featurize.shards import Array, Column, ShardError, publish, row_key
@@ -186,7 +187,8 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
     digests: list[str] = []
     problems: list[Quarantined] = []
     with ThreadPoolExecutor(threads) as pool:
-        for sample, (sha256, reason) in zip(everything, pool.map(digest, everything), strict=True):
+        hashed = tqdm(pool.map(digest, everything), total=len(everything), desc="hash", unit="images")
+        for sample, (sha256, reason) in zip(everything, hashed, strict=True):
             captions, caption_problems = _usable_captions(sample)
             problems += [replace(problem, sha256=sha256) for problem in caption_problems]
             if _is_broken(sample.image_id):

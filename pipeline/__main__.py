@@ -82,6 +82,7 @@ USER_ERRORS = {
     "pipeline.jobs": "JobError",
     "pipeline.tracking": "TrackingError",
     "train.config": "SettingsError",
+    "train.loop": "DivergenceError",
     "train.state": "StateError",
 }
 """The errors that are answers to the user, by their modules."""

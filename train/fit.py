@@ -145,6 +145,21 @@ def _drawn(path: Path) -> Iterator[None]:
         thread.join()
 
 
+@contextmanager
+def _told_as_raised() -> Iterator[None]:
+    """Raise what a worker's code raised instead of Ray Train's report of it; lost workers stay Ray's to report."""
+    import ray.train
+
+    try:
+        yield
+    except ray.train.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "_base_exc", None)
+            if isinstance(cause, Exception):
+                raise cause from error
+        raise
+
+
 def _ray_worker(work: Work, progress: Path) -> None:
     import ray.train.torch
 
@@ -173,7 +188,8 @@ def fit(work: Work, folder: Path) -> None:
         folder: the run's; holds `checkpoints/` (plain) or `ray/` (Ray Train).
 
     Raises:
-        ray.train.TrainingFailedError: a worker failed more often than `max_failures`, or its code raised.
+        ray.train.TrainingFailedError: workers were lost more often than `max_failures`.
+        Exception: what a worker's code raised, if it did so every time.
     """
     config = work.config
     if config.workers == 0:
@@ -204,7 +220,7 @@ def fit(work: Work, folder: Path) -> None:
                 worker_runtime_env={"env_vars": {**WORKER_ENV, "OMP_NUM_THREADS": str(cpus)}},
             ),
         )
-        with _drawn(folder / "progress.json"):
+        with _drawn(folder / "progress.json"), _told_as_raised():
             result = trainer.fit()
         assert result.checkpoint is not None
         with result.checkpoint.as_directory() as last:

@@ -34,6 +34,10 @@ Validate = Callable[[DualEncoder], Mapping[str, float]]
 Log = Callable[[Mapping[str, float], int], None]
 
 
+class DivergenceError(ArithmeticError):
+    """The loss is not finite any more; the message holds its terms."""
+
+
 class Checkpoints(Protocol):
     """Where state goes and comes from; every worker calls both, rank 0 writes."""
 
@@ -139,7 +143,7 @@ def train_worker(
 
     Raises:
         SettingsError: the global batch is smaller than the number of workers.
-        FloatingPointError: the loss is not finite.
+        DivergenceError: the loss is not finite.
     """
     trainer = _Trainer(work, device)
     state, epochs = trainer.state, work.config.epochs
@@ -242,7 +246,7 @@ class _Trainer:
     def _report(self, terms: Mapping[str, Tensor]) -> None:
         values = {f"train/{name}": float(value) for name, value in terms.items()}
         if not math.isfinite(values["train/loss"]):
-            raise FloatingPointError(
+            raise DivergenceError(
                 f"the loss is {values['train/loss']} at step {self.state.step}; "
                 f"lower --train.lr, or look at the terms: {values}"
             )

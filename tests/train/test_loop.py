@@ -21,7 +21,7 @@ from train.config import (
     TowerConfig,
 )
 from train.fit import LocalCheckpoints, fit
-from train.loop import Work, learning_rate, start, train_worker
+from train.loop import DivergenceError, Work, learning_rate, start, train_worker
 from train.state import StateError, open_model, read_state
 
 LESS = ObjectiveConfig(
@@ -174,7 +174,7 @@ def test_two_checkpoints_are_kept(tiny_cache, tiny_config, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_cache, tiny_config, tmp_path):
     free = replace(tiny_config, lr=1e30, clip=0.0, model=replace(tiny_config.model, normalise=False))
-    with pytest.raises(FloatingPointError, match=r"lower --train\.lr"):
+    with pytest.raises(DivergenceError, match=r"lower --train\.lr"):
         train_here(make_work(tiny_cache, free, tmp_path), tmp_path)
 
 
@@ -288,3 +288,10 @@ def test_a_killed_ray_worker_loses_no_more_than_the_last_epoch(tiny_cache, tiny_
     undisturbed = make_work(tiny_cache, replace(config, workers=0), tmp_path / "undisturbed")
     fit(undisturbed, tmp_path / "undisturbed")
     assert_same_state(last_state(tmp_path / "undisturbed" / "checkpoints"), ray_state(tmp_path / "killed"), 1e-6)
+
+
+def test_what_goes_wrong_in_a_ray_worker_is_told_as_it_is(tiny_cache, tiny_config, tmp_path, ray_local):
+    free = replace(tiny_config.model, normalise=False)
+    config = replace(tiny_config, lr=1e30, clip=0.0, model=free, workers=1, max_failures=0)
+    with pytest.raises(DivergenceError, match=r"lower --train\.lr"):
+        fit(make_work(tiny_cache, config, tmp_path), tmp_path)

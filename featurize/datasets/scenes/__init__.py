@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from featurize.config import ScenesConfig, TableConfig
 from featurize.datasets.sample import DataError, Sample
@@ -59,7 +60,11 @@ def render(config: ScenesConfig, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".rendering-") as temporary:
         work = Path(temporary) / target.name
         (work / "images").mkdir(parents=True)
-        with (work / _TABLE).open("w", encoding="utf-8") as table:
+        total = sum(getattr(config, split) for split in SPLITS)
+        with (
+            (work / _TABLE).open("w", encoding="utf-8") as table,
+            tqdm(total=total, desc="render", unit="images") as bar,
+        ):
             for split_number, split in enumerate(SPLITS):
                 for number in range(getattr(config, split)):
                     seed = [config.seed, split_number, number]
@@ -75,6 +80,7 @@ def render(config: ScenesConfig, folder: Path) -> None:
                         "split": split,
                     }
                     table.write(json.dumps(row) + "\n")
+                    bar.update()
         (work / _MANIFEST).write_text(json.dumps(_identity(config), indent=2) + "\n", encoding="utf-8")
         try:
             work.rename(target)
