@@ -33,7 +33,7 @@ from train.config import TowerConfig, TrainConfig
 from train.loop import Work, start
 from train.noise import Noise
 
-ROWS, SHARD, BATCH, BLOCK = 8000, 250, 256, 10
+ROWS, SHARD, BATCH, BLOCK = 8000, 250, 256, 5
 
 
 def write_cache(folder: Path) -> tuple[Dataset, list[PlannedColumn]]:
@@ -74,8 +74,8 @@ def towers(parts: bool) -> TrainConfig:
     config = TrainConfig(batch=BATCH)
     if not parts:
         return config
-    image = TowerConfig(parts=("grid",), signed_sqrt=True, width=512)
-    text = TowerConfig(vectors=("sentence",), parts=("tokens",), width=512)
+    image = TowerConfig(parts=("grid",), signed_sqrt=True, width=256)
+    text = TowerConfig(vectors=("sentence",), parts=("tokens",), width=256)
     return replace(config, model=replace(config.model, image=image, text=text))
 
 
@@ -126,7 +126,7 @@ def measure(repeats: int, *, parts: bool) -> dict[str, float]:
 def main() -> None:
     """Print medians and ratios for light and for heavy inputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     for title, parts in (("pooled vectors", False), ("pooled vectors, grid and tokens", True)):
         print(f"training step, {title}, batch {BATCH}")
