@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/bench_ranks.py --repeats 5
 
 Both ways compute the same float64 distances and must find the same ranks. They are timed in turn, so that a
-busy machine slows both; the ratio is the median over the turns. The matrix product alone is timed too: it is
+busy machine slows both; the ratios are of medians. The matrix product alone is timed too: it is
 common to both, so the second ratio leaves it out and compares what they do with the scores.
 """
 
@@ -67,12 +67,9 @@ def measure(
     assert isinstance(found["argsort"], Tensor)
     if not found["counting"].equal(found["argsort"]):
         raise RuntimeError("counting and argsort found different ranks; one of them is wrong")
-    turns = list(zip(*(seconds[name] for name in ("counting", "argsort", "products")), strict=True))
-    return {
-        **{name: statistics.median(times) for name, times in seconds.items()},
-        "ratio": statistics.median(sort / count for count, sort, _ in turns),
-        "ratio_ranking": statistics.median((sort - both) / (count - both) for count, sort, both in turns),
-    }
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    counting, argsort, both = (medians[name] for name in ("counting", "argsort", "products"))
+    return {**medians, "ratio": argsort / counting, "ratio_ranking": (argsort - both) / (counting - both)}
 
 
 def _products(queries: Tensor, items: Tensor) -> Tensor:

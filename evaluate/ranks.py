@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW = 0.05
+"""When fewer items of a tile than this share can matter, they are picked out instead of compared once a rank."""
+
 
 class EvaluationError(ValueError):
     """Embeddings or relevance that cannot be measured; the message names the row and says what to do."""
@@ -252,6 +255,9 @@ def _rank_tile(
     lower = sets - tolerance[:, None]
     upper = sets + tolerance[:, None]
 
+    loosest = upper.masked_fill(upper.isposinf(), -torch.inf).amax(dim=1, keepdim=True)  # (q, 1)
+    strictest = lower.amin(dim=1, keepdim=True)  # (q, 1)
+
     ahead = torch.zeros_like(sets, dtype=torch.int64)  # (q, r) non-relevant items better or tied
     better = ahead.new_zeros(len(queries))  # (q,) those strictly better than the best relevant one
     for first in range(0, len(items), tile):
@@ -259,9 +265,18 @@ def _rank_tile(
         scores = torch.addmm(squared[first : first + tile], queries, block.T, alpha=-2)  # (q, tile) d² - |q|²
         inside = (columns >= first) & (columns < first + tile)
         scores[rows[inside], columns[inside] - first] = torch.inf  # only non-relevant items are counted
-        better += _count(scores < lower.amin(dim=1, keepdim=True))
-        for slot in range(sets.shape[1]):
-            ahead[:, slot] += _count(scores <= upper[:, slot, None])
+        close = scores <= loosest  # the only items that can count
+        survivors = int(_count(close).sum())
+        if survivors > FEW * close.numel():  # a model that knows little: compare everything
+            better += _count(scores < strictest)
+            for slot in range(sets.shape[1]):
+                ahead[:, slot] += _count(scores <= upper[:, slot, None])
+        elif survivors:
+            query, item = close.nonzero(as_tuple=True)
+            found = scores[query, item]  # (s,)
+            better += query[found < strictest[query, 0]].bincount(minlength=len(queries))
+            for slot in range(sets.shape[1]):
+                ahead[:, slot] += query[found <= upper[query, slot]].bincount(minlength=len(queries))
 
     relevant_better = torch.searchsorted(sets.sort(dim=1).values, lower)  # (q, r) values below `lower`
     ranks = 1 + ahead + relevant_better

@@ -117,6 +117,20 @@ def test_equals_sorting_scipys_distances(dtype):
     assert found.tolist() == places
 
 
+@pytest.mark.parametrize("few", [0.0, 0.05, 1.0])
+def test_picking_out_what_can_matter_equals_comparing_everything(monkeypatch, few):
+    """Whole numbers, so that many items tie; sets of one to three; 0 compares everything, 1 picks always."""
+    monkeypatch.setattr("evaluate.ranks.FEW", few)
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randint(-2, 3, (30, 3), generator=generator).float()
+    items = torch.randint(-2, 3, (50, 3), generator=generator).float()
+    sets = [[row, (row + 7) % 50, (row + 20) % 50][: 1 + row % 3] for row in range(30)]
+    expected, shares = slow_ranks(queries, items, sets)
+    found = rank_relevant(queries, items, relevance_of(*sets), tile=16)
+    assert as_lists(found) == expected
+    assert found.tied.tolist() == pytest.approx(shares)
+
+
 @pytest.mark.parametrize("tile", [5, 17, 64, 256])
 def test_tiled_equals_full(tile):
     generator = torch.Generator().manual_seed(2)
