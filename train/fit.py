@@ -154,9 +154,8 @@ def _told_as_raised() -> Iterator[None]:
         yield
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", None)
-            if isinstance(cause, Exception):
-                raise cause from error
+            if not type(failure).__module__.startswith("ray."):
+                raise failure from error
         raise
 
 
