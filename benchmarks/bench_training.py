@@ -28,10 +28,12 @@ from featurize.datasets.sample import Sample
 from featurize.encoder import Output
 from featurize.extract import PlannedColumn
 from featurize.shards import row_key, write_shard
-from train.batches import Batch, FeatureReader, Inputs, Pairs, Schedule, prefetch
+from train.batches import Batch, FeatureReader, Inputs, Schedule, prefetch
 from train.config import TowerConfig, TrainConfig
+from train.embeddings import Pairs
 from train.loop import Work, start
 from train.noise import Noise
+from train.targets import Targets
 
 ROWS, SHARD, BATCH, BLOCK = 8000, 250, 256, 5
 
@@ -87,14 +89,17 @@ def measure(repeats: int, *, parts: bool) -> dict[str, float]:
         inputs = Inputs.of(dataset.folder, columns, config, FeaturizeConfig().precision)
         reader = FeatureReader(inputs)
         work = Work(config, inputs, "train", lambda _model: {}, lambda _metrics, _step: None)
-        state = start(work, reader, torch.device("cpu"))
+        targets = Targets.of(reader, "train", config.objective, 0)
+        state = start(work, reader, targets, torch.device("cpu"))
         _, captions = reader.split("train")
         schedule = Schedule(captions, reader.caption_image[captions], BATCH, 1, 0)
 
         def step(batch: Batch) -> None:
             size = len(batch.image_ids)
-            image, text = state.model(batch.image, batch.text, Noise(0, 0, size, slice(0, size)))
-            loss, _ = state.objective(Pairs(image, text, batch.image_ids, batch.semantic), 0.5)
+            image, text, _ = state.model(batch.image, batch.text, Noise(0, 0, size, slice(0, size)))
+            ids = batch.image_ids
+            pairs = Pairs(image, text, ids, batch.semantic, targets.concepts[ids], targets.labels[ids], ids)
+            loss, _ = state.objective(pairs, 0.5, state.model.distances)
             state.optimizer.zero_grad()
             loss.backward()
             state.optimizer.step()

@@ -5,6 +5,17 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class HubnessConfig:
+    """Hubness correction, fitted on training data and reported beside the plain score."""
+
+    queries: int = field(
+        default=5000, metadata={"help": "training images, and captions, that tell which items are hubs; 0: none"}
+    )
+    strength: float = field(default=0.7, metadata={"help": "a, share of an item's hubness taken from its score"})
+    sharpness: float = field(default=20.0, metadata={"help": "b, how much the nearest training queries decide"})
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """How a run is measured."""
 
@@ -12,4 +23,5 @@ class EvaluateConfig:
         default="auto",
         metadata={"help": "full: the whole split; coco: also the mean of five 1K folds; auto: by data set"},
     )
+    hubness: HubnessConfig = field(default_factory=HubnessConfig)
     tile: int = field(default=1024, metadata={"help": "rows scored at once; memory is tile squared"})

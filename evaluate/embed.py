@@ -1,6 +1,7 @@
-"""Embeddings of cached rows: batches through a trained model, every view of an image averaged."""
+"""Embeddings of cached rows: batches through a trained model, every view of an image joined."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -8,43 +9,42 @@ from torch import Tensor
 
 from featurize.shards import Array
 from train.batches import FeatureReader
-from train.towers import DualEncoder
+from train.embeddings import Embeddings
+from train.hosts import Host
 
 BATCH = 1024
 
 
-def embed_image_rows(model: DualEncoder, reader: FeatureReader, rows: Array) -> Tensor:
-    """Image rows (N,) -> (N, E) on the CPU: the mean over the views that the cache holds."""
+def embed_image_rows(model: Host, reader: FeatureReader, rows: Array) -> Embeddings:
+    """Embeddings of image rows (N,) on the CPU, from all views that the cache holds."""
     device = next(model.parameters()).device
 
-    def embed(chunk: Array) -> Tensor:
+    def embed(chunk: Array) -> Embeddings:
         views = (reader.images(chunk, np.full(len(chunk), view)).to(device) for view in range(reader.views))
-        return model.mean_of_views(model.embed_images(features) for features in views).cpu()
+        return model.mean_of_views([model.embed_images(features) for features in views])
 
     return _in_batches(embed, rows)
 
 
-def embed_caption_rows(model: DualEncoder, reader: FeatureReader, rows: Array) -> Tensor:
-    """Caption rows (M,) -> (M, E) on the CPU."""
+def embed_caption_rows(model: Host, reader: FeatureReader, rows: Array) -> Embeddings:
+    """Embeddings of caption rows (M,) on the CPU."""
     device = next(model.parameters()).device
-    return _in_batches(lambda chunk: model.embed_texts(reader.texts(chunk).to(device)).cpu(), rows)
+    return _in_batches(lambda chunk: model.embed_texts(reader.texts(chunk).to(device)), rows)
 
 
-def embed_split(model: DualEncoder, reader: FeatureReader, split: str) -> tuple[Tensor, Tensor, Tensor]:
+def embed_split(model: Host, reader: FeatureReader, split: str) -> tuple[Embeddings, Embeddings, Tensor]:
     """A split as evaluation wants it.
 
     Returns:
-        images (N, E), captions (M, E), and for each caption the row (M,) of its image among those N.
+        N images, M captions, and for each caption the row (M,) of its image among those N.
     """
     images, captions = reader.split(split)
-    owner = np.searchsorted(images, reader.caption_image[captions])
-    return (
-        embed_image_rows(model, reader, images),
-        embed_caption_rows(model, reader, captions),
-        torch.from_numpy(owner),
-    )
+    return embed_image_rows(model, reader, images), embed_caption_rows(model, reader, captions), reader.owners(split)
 
 
-def _in_batches(embed: Callable[[Array], Tensor], rows: Array) -> Tensor:
+def _in_batches(embed: Callable[[Array], Embeddings], rows: Array) -> Embeddings:
     with torch.inference_mode():
-        return torch.cat([embed(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
+        parts = [embed(rows[start : start + BATCH]).map(Tensor.cpu) for start in range(0, len(rows), BATCH)]
+    return Embeddings(
+        **{field.name: torch.cat([getattr(e, field.name) for e in parts]) for field in fields(Embeddings)}
+    )

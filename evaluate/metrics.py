@@ -10,7 +10,7 @@ R-Precision 1/2, mAP@R (1/1)/2 = 1/2. The second has R = 1 and misses at rank on
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from evaluate.ranks import Ranks
 
+CUTS = (1, 5, 10)
+"""The k of R@k."""
 COLLAPSE_SHARE = 0.1
 """More ties than this share of the non-relevant items mean a collapsed model; a sound one has none."""
 
@@ -58,6 +60,7 @@ class Report:
         i2t: images look for captions.
         t2i: captions look for images.
         folds_1k: for COCO, the mean of the five 1K folds.
+        ranks: of both directions, for intervals; not part of what is stored.
     """
 
     split: str
@@ -65,6 +68,7 @@ class Report:
     i2t: Metrics
     t2i: Metrics
     folds_1k: "Report | None" = None
+    ranks: tuple[Ranks, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def rsum(self) -> float:
@@ -132,6 +136,7 @@ def measure(ranks: Ranks) -> Metrics:
             stacklevel=2,
         )
     best = ranks.best().double()  # (Q,)
+    r1, r5, r10 = (100 * hits(ranks).mean(dim=0)).tolist()
     positions = _positions(ranks)  # (P,) ascending within each query
     counts = ranks.indptr.diff()  # (Q,) R of each query
     rows = torch.repeat_interleave(counts)  # (P,)
@@ -141,14 +146,20 @@ def measure(ranks: Ranks) -> Metrics:
     precision = zeros.index_add(0, rows, hit * nth / positions) / counts  # (Q,)
     found = zeros.index_add(0, rows, hit) / counts  # (Q,)
     return Metrics(
-        r1=_percent(best <= 1),
-        r5=_percent(best <= 5),
-        r10=_percent(best <= 10),
+        r1=r1,
+        r5=r5,
+        r10=r10,
         medr=best.quantile(0.5).item(),
         meanr=best.mean().item(),
         map_r=_percent(precision),
         r_precision=_percent(found),
     )
+
+
+def hits(ranks: Ranks) -> Tensor:
+    """Whether each query has a relevant item within each of `CUTS`, (Q, 3) float64 of zeros and ones."""
+    best = ranks.best()
+    return (best[:, None] <= best.new_tensor(CUTS)).double()
 
 
 def mean_metrics(several: Sequence[Metrics]) -> Metrics:

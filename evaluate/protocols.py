@@ -3,58 +3,141 @@
 Embeddings in, a report out; relevance comes from the captions' image rows, never from their position.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from evaluate.compare import rank_compared
+from evaluate.hubness import HubnessCorrection, augment_gallery, augment_queries
 from evaluate.metrics import Report, mean_metrics, measure
-from evaluate.ranks import EvaluationError, Relevance, check_embeddings, rank_relevant
+from evaluate.ranks import EvaluationError, Ranks, Relevance, check_embeddings, rank_both, rank_relevant
+from train.embeddings import Embeddings
+from train.hosts import Host
 
 COCO_IMAGES = 5000
 COCO_FOLD = 1000
+COMPARED_TILE = 128
+"""Rows that a host which compares parts scores at once, at most: a pair takes as much memory as its parts' products."""
+
+Rank: TypeAlias = Callable[[Any, Any, Tensor, int], tuple[Ranks, Ranks]]
+"""(images, captions, caption_image, tile) -> ranks image to text, and text to image; of vectors or of `Embeddings`."""
 
 
-def evaluate_full(images: Tensor, captions: Tensor, caption_image: Tensor, *, split: str, tile: int = 1024) -> Report:
-    """Measures both directions over all images and captions of a split.
-
-    Args:
-        images: (N, E) image embeddings.
-        captions: (M, E) caption embeddings.
-        caption_image: (M,) int64, row of the image that each caption belongs to; each image has at least one.
-        split: its name, for the report.
-        tile: rows that are scored at once; memory grows with its square.
+def rank_vectors(images: Tensor, captions: Tensor, caption_image: Tensor, tile: int) -> tuple[Ranks, Ranks]:
+    """Ranks by squared L2 distance of (N, E) images and (M, E) captions, both directions.
 
     Raises:
         EvaluationError: shapes do not agree, an embedding is not finite, or an image has no caption.
     """
     check_embeddings("images", images)
     check_embeddings("captions", captions)
-    if caption_image.shape != captions.shape[:1]:
+    return rank_both(images, captions, Relevance.image_to_text(caption_image, len(images)), tile)
+
+
+def rank_corrected(
+    images: Tensor, captions: Tensor, caption_image: Tensor, tile: int, *, correction: HubnessCorrection
+) -> tuple[Ranks, Ranks]:
+    """The same with every gallery set back by its hubness."""
+    to_text = Relevance.image_to_text(caption_image, len(images))
+    to_image = Relevance.text_to_image(caption_image)
+    texts = augment_gallery(captions, correction.bias(captions, "captions", tile))
+    pictures = augment_gallery(images, correction.bias(images, "images", tile))
+    return (
+        rank_relevant(augment_queries(images), texts, to_text, tile),
+        rank_relevant(augment_queries(captions), pictures, to_image, tile),
+    )
+
+
+def evaluate_host(
+    model: Host,
+    images: Embeddings,
+    captions: Embeddings,
+    caption_image: Tensor,
+    *,
+    split: str,
+    protocol: str,
+    tile: int,
+    correction: HubnessCorrection | None = None,
+) -> Report:
+    """Measures a host by its index vectors, or part by part where it has none.
+
+    Args:
+        model: the host that made the embeddings.
+        images: N images.
+        captions: M captions.
+        caption_image: (M,) int64, row of the image that each caption belongs to; each image has at least one.
+        split: its name, for the report.
+        protocol: "full" or "coco".
+        tile: rows that are scored at once; memory grows with its square.
+        correction: of hubness, for a host with index vectors.
+
+    Raises:
+        EvaluationError: what `evaluate_full` and `evaluate_coco` refuse.
+    """
+    evaluate = evaluate_coco if protocol == "coco" else evaluate_full
+    if model.indexable:
+        vectors = model.index_vectors(images), model.index_vectors(captions)
+        by = rank_vectors if correction is None else partial(rank_corrected, correction=correction)
+        return evaluate(*vectors, caption_image, split=split, tile=tile, rank=by)
+    rank = partial(rank_compared, distances=model.distances)
+    return evaluate(images, captions, caption_image, split=split, tile=min(tile, COMPARED_TILE), rank=rank)
+
+
+def evaluate_full(
+    images: Tensor | Embeddings,
+    captions: Tensor | Embeddings,
+    caption_image: Tensor,
+    *,
+    split: str,
+    tile: int = 1024,
+    rank: Rank = rank_vectors,
+) -> Report:
+    """Measures both directions over all images and captions of a split.
+
+    Args:
+        images: N image embeddings; by default vectors (N, E).
+        captions: M caption embeddings; by default vectors (M, E).
+        caption_image: (M,) int64, row of the image that each caption belongs to; each image has at least one.
+        split: its name, for the report.
+        tile: rows that are scored at once; memory grows with its square.
+        rank: how they are ranked.
+
+    Raises:
+        EvaluationError: shapes do not agree, an embedding is not finite, or an image has no caption.
+    """
+    if caption_image.shape != (len(captions),):
         raise EvaluationError(
             f"caption_image: expected one image row for each of {len(captions)} captions, "
             f"found shape {tuple(caption_image.shape)}"
         )
-    to_text = Relevance.image_to_text(caption_image, len(images))
-    to_image = Relevance.text_to_image(caption_image)
-    return Report(
-        split=split,
-        protocol="full",
-        i2t=measure(rank_relevant(images, captions, to_text, tile)),
-        t2i=measure(rank_relevant(captions, images, to_image, tile)),
-    )
+    to_text, to_image = rank(images, captions, caption_image, tile)
+    measured = measure(to_text), measure(to_image)
+    return Report(split, "full", *measured, ranks=(to_text, to_image))
 
 
-def evaluate_coco(images: Tensor, captions: Tensor, caption_image: Tensor, *, split: str, tile: int = 1024) -> Report:
+def evaluate_coco(
+    images: Tensor | Embeddings,
+    captions: Tensor | Embeddings,
+    caption_image: Tensor,
+    *,
+    split: str,
+    tile: int = 1024,
+    rank: Rank = rank_vectors,
+) -> Report:
     """Measures a COCO Karpathy split on all 5K images and as the mean of five 1K folds.
 
     A fold is 1000 images in row order with all their captions (VSE++, Faghri et al. BMVC 2018).
 
     Args:
-        images: (5000, E) image embeddings in the order of the split.
-        captions: (M, E) caption embeddings.
+        images: 5000 image embeddings in the order of the split; by default vectors (5000, E).
+        captions: M caption embeddings; by default vectors (M, E).
         caption_image: (M,) int64, row of the image that each caption belongs to; each image has at least one.
         split: its name, for the report.
         tile: rows that are scored at once; memory grows with its square.
+        rank: how they are ranked.
 
     Returns:
         The report of the 5K; its `folds_1k` holds the mean of the folds.
@@ -67,7 +150,7 @@ def evaluate_coco(images: Tensor, captions: Tensor, caption_image: Tensor, *, sp
             f"the coco protocol needs the {COCO_IMAGES} images of a COCO Karpathy split, "
             f"found {len(images)}; use the full protocol"
         )
-    whole = evaluate_full(images, captions, caption_image, split=split, tile=tile)
+    whole = evaluate_full(images, captions, caption_image, split=split, tile=tile, rank=rank)
     folds = []
     for first in range(0, COCO_IMAGES, COCO_FOLD):
         inside = (caption_image >= first) & (caption_image < first + COCO_FOLD)
@@ -77,6 +160,7 @@ def evaluate_coco(images: Tensor, captions: Tensor, caption_image: Tensor, *, sp
             caption_image[inside] - first,
             split=split,
             tile=tile,
+            rank=rank,
         )
         folds.append(fold)
     mean = Report(

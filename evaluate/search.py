@@ -8,6 +8,7 @@ for hit in run.search("two dogs in snow", k=5):
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluate.embed import embed_image_rows
+from evaluate.hubness import HubnessCorrection, augment_gallery, augment_queries
 from evaluate.index import Index
 from featurize.cache import CacheError
 from featurize.datasets.sample import Sample
@@ -26,8 +28,8 @@ from featurize.images.decode import decode
 from featurize.images.views import view
 from featurize.shards import Array
 from train.batches import ColumnRef, FeatureReader, Features
+from train.hosts import Host
 from train.state import open_model
-from train.towers import DualEncoder
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ class Hit:
     sample: Sample
 
 
-def build_index(model: DualEncoder, reader: FeatureReader, folder: Path) -> None:
-    """Embed every image of the data set and write the index that searches them."""
+def build_index(model: Host, reader: FeatureReader, folder: Path) -> None:
+    """Embed every image of the data set and write the index that searches them.
+
+    Raises:
+        train.config.SettingsError: the host has no vectors to index.
+    """
     rows = np.setdiff1d(np.arange(len(reader.dataset.samples)), reader.missing)
     samples = [reader.dataset.samples[row] for row in rows]
     items = pd.DataFrame(
@@ -59,7 +65,13 @@ def build_index(model: DualEncoder, reader: FeatureReader, folder: Path) -> None
             "captions": [list(sample.captions) for sample in samples],
         }
     )
-    Index(embed_image_rows(model, reader, rows).numpy(), items).save(folder)
+    with torch.inference_mode():
+        vectors = model.index_vectors(embed_image_rows(model, reader, rows))
+    Index(vectors.numpy(), items).save(folder)
+
+
+CORRECTION_FILE = "hubness.safetensors"
+"""In a run's `model/`: the hubness correction, where one was fitted."""
 
 
 class Searcher:
@@ -70,12 +82,15 @@ class Searcher:
 
     Raises:
         train.state.StateError: the run holds no finished model.
+        train.config.SettingsError: its host has no vectors to index.
         evaluate.index.IndexFileError: the run holds no finished index.
     """
 
     def __init__(self, run: Path) -> None:
         self.model, self.inputs = open_model(run / "model")
+        self.model.require_index()
         self.index = Index.open(run / "index")
+        self._run = run
 
     @classmethod
     def open(cls, run: str | Path) -> "Searcher":
@@ -94,24 +109,26 @@ class Searcher:
             return answers[ref.encoder][ref.output]
 
         vectors = [np.stack(column(ref)) for ref in self.inputs.text_vectors]
-        parts = [
-            torch.nn.utils.rnn.pad_sequence([_stored(row) for row in column(ref)], batch_first=True)
-            for ref in self.inputs.text_parts
-        ]
-        masks = [
-            torch.arange(int(part.shape[1])) < torch.tensor([[len(row)] for row in column(ref)])
-            for part, ref in zip(parts, self.inputs.text_parts, strict=True)
-        ]
+        parts = [_padded([_stored(row) for row in column(ref)]) for ref in self.inputs.text_parts]
+        bags = [_padded([torch.from_numpy(row).long() for row in column(ref)]) for ref in self.inputs.text_bags]
         with torch.inference_mode():
-            return self.model.embed_texts(Features(_joined(vectors, len(texts)), tuple(parts), tuple(masks)))
+            features = Features(
+                _joined(vectors, len(texts)),
+                tuple(part for part, _ in parts),
+                tuple(mask for _, mask in parts),
+                tuple(ids for ids, _ in bags),
+                tuple(mask for _, mask in bags),
+            )
+            return self.model.index_vectors(self.model.embed_texts(features))
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Pictures -> (N, E): the mean over the views that the model was trained with."""
         groups = self.inputs.image_vectors + self.inputs.image_parts
         with torch.inference_mode():
-            return self.model.mean_of_views(
+            views = [
                 self.model.embed_images(self._picture_features(pictures, number)) for number in range(len(groups[0]))
-            )
+            ]
+            return self.model.index_vectors(self.model.mean_of_views(views))
 
     def _picture_features(self, pictures: Sequence[Image.Image], number: int) -> Features:
         answers: dict[str, dict[str, Array]] = {}
@@ -131,9 +148,30 @@ class Searcher:
             tuple(torch.ones(part.shape[:2], dtype=torch.bool) for part in parts),
         )
 
-    def nearest(self, embeddings: Tensor, k: int = 10) -> list[list[Hit]]:
-        """The k nearest images of each embedding (N, E), nearest first."""
-        distances, rows = self.index.search(embeddings.numpy(), k)
+    @cached_property
+    def corrected_index(self) -> Index:
+        """The index with every image set back by its hubness, in memory; made when it is first asked for.
+
+        Raises:
+            evaluate.ranks.EvaluationError: the run has no hubness correction.
+        """
+        correction = HubnessCorrection.open(self._run / "model" / CORRECTION_FILE)
+        vectors = torch.from_numpy(np.array(self.index.vectors))
+        augmented = augment_gallery(vectors, correction.bias(vectors, "images"))
+        return Index(augmented.numpy(), self.index.items)
+
+    def nearest(self, embeddings: Tensor, k: int = 10, *, corrected: bool = False) -> list[list[Hit]]:
+        """The k nearest images of each embedding (N, E), nearest first.
+
+        Args:
+            embeddings: of texts or pictures.
+            k: images for each.
+            corrected: whether images that are near to everything are set back; their distances grow.
+        """
+        if corrected:
+            distances, rows = self.corrected_index.search(augment_queries(embeddings).numpy(), k)
+        else:
+            distances, rows = self.index.search(embeddings.numpy(), k)
         return [
             [
                 Hit(rank, math.sqrt(float(squared)), self._sample(int(row)))
@@ -142,21 +180,30 @@ class Searcher:
             for of_query, found in zip(distances, rows, strict=True)
         ]
 
-    def search(self, query: str | Path | Image.Image, k: int = 10) -> list[Hit]:
-        """The k nearest images of a text, or of a picture (a path or an opened image).
+    def search(self, query: str | Path | Image.Image, k: int = 10, *, corrected: bool = False) -> list[Hit]:
+        """The k nearest images of a text, or of a picture (a path or an opened image); see `nearest`.
 
         Raises:
             featurize.images.decode.DecodeError: the picture cannot be read.
         """
         if isinstance(query, str):
-            return self.nearest(self.embed_texts([query]), k)[0]
+            return self.nearest(self.embed_texts([query]), k, corrected=corrected)[0]
         picture = decode(query.read_bytes()) if isinstance(query, Path) else query
-        return self.nearest(self.embed_pictures([picture]), k)[0]
+        return self.nearest(self.embed_pictures([picture]), k, corrected=corrected)[0]
 
     def _sample(self, row: int) -> Sample:
         item = self.index.items.iloc[row]
         span = None if item["length"] < 0 else (int(item["offset"]), int(item["length"]))
         return Sample(item["item"], item["uri"], tuple(item["captions"]), item["split"], span)
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows (L_i, ...) as one tensor (N, L, ...), zeros behind them, and its mask (N, L); L is at least 1."""
+    lengths = torch.tensor([[len(row)] for row in rows])
+    padded = rows[0].new_zeros(len(rows), max(1, int(lengths.max())), *rows[0].shape[1:])
+    mask = torch.arange(padded.shape[1]) < lengths
+    padded[mask] = torch.cat(list(rows))
+    return padded, mask
 
 
 def _stored(values: Array) -> Tensor:

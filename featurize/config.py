@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-View = Literal["plain", "flip", "crop"]
+View = Literal["plain", "flip", "crop", "crop2", "crop3", "crop4"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class FeaturizeConfig:
     )
     texts: tuple[str, ...] = field(
         default=("minilm",),
-        metadata={"help": "text encoders: minilm, transformers:FOLDER-OR-HUB-NAME"},
+        metadata={"help": "text encoders: minilm, lexicon[:LANGUAGE] (words), transformers:FOLDER-OR-HUB-NAME"},
     )
     views: tuple[View, ...] = field(
-        default=("plain",), metadata={"help": "views of each image: plain, flip (mirrored), crop (random)"}
+        default=("plain",),
+        metadata={"help": "views of each image: plain, flip (mirrored), crop, crop2, crop3, crop4 (random parts)"},
     )
     rows_per_shard: int = field(default=256, metadata={"help": "images in a shard; one Ray task writes one"})
     precision: Literal["bfloat16", "float32"] = field(

@@ -30,14 +30,17 @@ class Output:
     """One thing that an encoder says about each image or caption.
 
     Attributes:
-        name: "grid", "pooled", "tokens", "sentence", "regions", "boxes", ...; it becomes the column's name.
+        name: "grid", "pooled", "tokens", "sentence", "lemmas", "regions", ...; it becomes the column's name.
         shape: of one row, e.g. (49, 1280); of a ragged output without its first axis, e.g. (384,).
         ragged: rows have a first axis of varying length L: (L, *shape).
+        dtype: of the stored values. Whole numbers are for captions only: the row of an image that cannot be decoded
+            is NaN.
     """
 
     name: str
     shape: tuple[int, ...]
     ragged: bool = False
+    dtype: Literal["float16", "int32"] = "float16"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class TextEncoder(Protocol):
                 of similar length belong together.
 
         Returns:
-            Output name → (B, *shape) float32 on the CPU, or for a ragged output B tensors (L_i, *shape).
+            Output name → (B, *shape) on the CPU, or for a ragged output B tensors (L_i, *shape); float32, or int32
+            where the output's values are stored so.
         """
         ...
 

@@ -134,7 +134,7 @@ def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: in
 
 
 def describe_texts(encoder: TextEncoder, captions: Sequence[str], batch: int) -> dict[str, list[Array]]:
-    """What an encoder says of captions: output name -> one array a caption, float32.
+    """What an encoder says of captions: output name -> one array a caption, float32 or int32.
 
     Captions of equal length share a forward pass, so that padding costs nothing.
     """
@@ -168,9 +168,10 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
         _check_card(task, encoder.card)
         answers = {**describe_texts(encoder, [c for s in task.samples for c in s.captions], task.batch)}
         failed = {}
+    dtypes = {output.name: output.dtype for output in task.card.outputs}
     records = {}
     for name, ragged, folder in task.targets:
-        rows = (np.asarray(row, np.float16) for row in answers[name])
+        rows = (np.asarray(row, dtypes[name]) for row in answers[name])
         file = write_shard(folder / f"{task.number:06d}.tar", keys, rows, ragged=ragged)
         record = ShardRecord(file.rows, file.size, file.sha256, tuple(failed), tuple(failed.values()))
         publish(folder / f"{task.number:06d}.json", json.dumps(asdict(record)).encode())
@@ -215,17 +216,21 @@ def _describe_image_samples(task: ShardTask) -> tuple[dict[str, Sequence[Array]]
 
 
 def _outputs(card: Card, reference: str, wanted: Sequence[str]) -> list[Output]:
-    """The outputs that a run wants of this encoder: named plainly, or as `<encoder>.<output>` for this one alone."""
+    """The outputs that a run wants of this encoder: named plainly, or as `<encoder>.<output>` for this one alone.
+
+    A plain name is for every encoder that has such an output: sentences come from a network, lemmas from a lexicon.
+    """
     own = {output.name: output for output in card.outputs}
     chosen = []
     for name in wanted:
         encoder, _, output = name.rpartition(".")
         if encoder and encoder != card.name:
             continue
-        if output not in own:
+        if output in own:
+            chosen.append(own[output])
+        elif encoder:
             raise CacheError(f"encoder {reference!r} has no output {output!r}; it has {', '.join(own)}")
-        chosen.append(own[output])
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def plan(
@@ -256,7 +261,7 @@ def plan(
                 "preprocessing": card.preprocessing,
                 "output": output.name,
                 "view": which,
-                "dtype": "float16",
+                "dtype": output.dtype,
             }
             folder = column_folder(dataset, name, identity(ingredients))
             planned.append(PlannedColumn(name, modality, reference, output, which, ingredients, folder))
@@ -265,10 +270,12 @@ def plan(
             encoder, _, output_name = name.rpartition(".")
             found = (c for c in planned if c.modality == modality and c.output.name == output_name)
             if not any(not encoder or c.ingredients["encoder"] == encoder for c in found):
-                raise CacheError(
-                    f"no {modality} encoder gives {name!r}; the run has "
-                    f"{', '.join(config.images if modality == 'image' else config.texts)}"
+                given = ", ".join(
+                    f"{card.name} ({', '.join(output.name for output in card.outputs)})"
+                    for kind, _, card, _, _ in encoders
+                    if kind == modality
                 )
+                raise CacheError(f"no {modality} encoder gives {name!r}; the run has {given}")
     return planned
 
 
@@ -348,7 +355,7 @@ def featurize(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[Plann
             column.name,
             column.modality,
             column.ingredients,
-            {"dtype": "float16", "shape": column.output.shape, "ragged": column.output.ragged},
+            {"dtype": column.output.dtype, "shape": column.output.shape, "ragged": column.output.ragged},
             [record for record in records if record is not None],
         )
         if len(manifest.shards) != count:

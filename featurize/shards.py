@@ -11,8 +11,8 @@ one `.npy` member for each row, in row order:
 
 *Fixed* columns: every row has the same shape, hence every member the same size (the stride), hence row i begins at
 byte `i * stride + 640`, and the shard opens as one strided array over the mapped file, with nothing to convert.
-*Ragged* columns (tokens): rows are (L_i, D) with L_i >= 0; `<shard>.idx.npy` beside the tar, (rows, 2) int64, holds the
-byte at which row i's values begin and L_i. It can be rebuilt from the tar alone.
+*Ragged* columns (tokens, lemmas): rows are (L_i, D) or (L_i,) with L_i >= 0; `<shard>.idx.npy` beside the
+tar, (rows, 2) int64, holds the byte at which row i's values begin and L_i. It can be rebuilt from the tar alone.
 
 A key is the row's id with everything but letters, digits, `_` and `-` percent-encoded (so it is never a path, and
 webdataset splits it from its extension at the right dot); a caption's key is its image's key, `~` and its number.

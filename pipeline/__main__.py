@@ -175,7 +175,17 @@ def build_parser() -> _Parser:
     search.add_argument(
         "--page", type=Path, metavar="FILE", help="also write the answers as one HTML page with pictures"
     )
+    search.add_argument(
+        "--corrected", action="store_true", help="set images back that are near to everything (hubness correction)"
+    )
     search.set_defaults(command=_search)
+
+    compare = add("compare", "RUN RUN...", "measured runs side by side, with intervals and paired differences")
+    compare.add_argument("run", nargs="+", metavar="RUN", help=f"the first is compared with: {RUN_HELP}")
+    compare.add_argument(
+        "--runs", default=RunConfig.runs, metavar="DIR", help="the folder of runs; default %(default)s"
+    )
+    compare.set_defaults(command=_compare)
 
     cache = add("cache", "ls|verify [CACHE]", "list the feature cache, or check it against its manifests")
     cache.add_argument(
@@ -209,7 +219,7 @@ def _methods_text() -> str:
     lines = ["", "", "methods:"]
     for name, recipe in RECIPES.items():
         plain = {key.name: key.value for key in keys(RunConfig())}
-        changed = [key for key in keys(recipe.config) if key.value != plain[key.name]]
+        changed = [key for key in keys(recipe.config) if key.name != "method" and key.value != plain[key.name]]
         text = f"{recipe.description} Changes: {', '.join(f'{key.name} {key.value}' for key in changed)}."
         lines += [
             f"  {name}",
@@ -343,7 +353,15 @@ def _search(args: argparse.Namespace) -> int:
     run = find_run(args.run, args.runs)
     from pipeline import stages
 
-    stages.search(run, args.queries, args.k, args.page)
+    stages.search(run, args.queries, args.k, args.page, corrected=args.corrected)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    runs = [find_run(run, args.runs) for run in args.run]
+    from pipeline import stages
+
+    stages.compare(runs)
     return 0
 
 

@@ -40,8 +40,17 @@ def absolute(config: RunConfig) -> RunConfig:
     def path(text: str) -> str:
         return text if not text or "://" in text else str(Path(text).absolute())
 
+    def encoder(reference: str) -> str:
+        kind, separator, rest = reference.partition("@" if reference.startswith("torchvision:") else ":")
+        return f"{kind}{separator}{Path(rest).absolute()}" if rest and Path(rest).exists() else reference
+
+    encoders = dataclasses.replace(
+        config.featurize,
+        images=tuple(map(encoder, config.featurize.images)),
+        texts=tuple(map(encoder, config.featurize.texts)),
+    )
     data = dataclasses.replace(config.data, root=path(config.data.root))
-    return dataclasses.replace(config, data=data, cache=path(config.cache), runs=path(config.runs))
+    return dataclasses.replace(config, data=data, featurize=encoders, cache=path(config.cache), runs=path(config.runs))
 
 
 def submit(

@@ -18,7 +18,9 @@ from featurize.datasets.sample import Sample
 from pipeline.config import RunConfig, to_dict
 from pipeline.tracking import METRICS_FILE
 from train.batches import FeatureReader
-from train.towers import DualEncoder
+from train.embeddings import Embeddings
+from train.hosts import Host
+from train.losses.distances import squared_distances
 
 EXAMPLES = 5
 SHOWN = 5
@@ -50,12 +52,19 @@ def write_search_page(path: Path, run: str, answers: Sequence[tuple[str | Path, 
 
 
 def write_run_page(
-    folder: Path, config: RunConfig, reports: dict[str, Report], model: DualEncoder, reader: FeatureReader
+    folder: Path, config: RunConfig, reports: dict[str, Report], model: Host, reader: FeatureReader
 ) -> Path:
     """`report.html` of a run: metrics, curves, retrievals in both directions on the evaluate split, settings."""
     path = folder / "report.html"
     split = config.data.evaluate
     images, captions, owner = embed_split(model, reader, split)
+
+    def nearest_images(caption: int) -> list[tuple[int, float]]:
+        return _nearest(_distances(model, images, captions[caption : caption + 1])[:, 0])
+
+    def nearest_captions(image: int) -> list[tuple[int, float]]:
+        return _nearest(_distances(model, images[image : image + 1], captions)[0])
+
     image_rows, caption_rows = reader.split(split)
     chosen = np.linspace(0, len(image_rows) - 1, min(EXAMPLES, len(image_rows))).astype(int)
     first_captions = [int((owner == image).nonzero()[0]) for image in chosen]
@@ -71,7 +80,7 @@ def write_run_page(
                 texts[caption_rows[caption]],
                 [
                     _shown_image(reader.dataset, int(image_rows[row]), rank, d, right=row == int(owner[caption]))
-                    for rank, (row, d) in enumerate(_nearest(captions[caption], images), 1)
+                    for rank, (row, d) in enumerate(nearest_images(caption), 1)
                 ],
             )
             for caption in first_captions
@@ -81,7 +90,7 @@ def write_run_page(
                 _bytes(reader.dataset.samples[image_rows[image]]) or "",
                 [
                     Shown(rank, str(row), d, (texts[caption_rows[row]],), right=int(owner[row]) == image)
-                    for rank, (row, d) in enumerate(_nearest(images[image], captions), 1)
+                    for rank, (row, d) in enumerate(nearest_captions(int(image)), 1)
                 ],
                 reader.dataset.samples[image_rows[image]].image_id,
             )
@@ -92,9 +101,18 @@ def write_run_page(
     return path
 
 
-def _nearest(query: Tensor, items: Tensor) -> list[tuple[int, float]]:
-    distances = torch.cdist(query[None], items)[0]
-    found = distances.topk(min(SHOWN, len(items)), largest=False)
+def _distances(model: Host, images: Embeddings, captions: Embeddings) -> Tensor:
+    """L2 distances (N, M) as they are measured."""
+    with torch.inference_mode():
+        if model.indexable:
+            squared = squared_distances(model.index_vectors(images), model.index_vectors(captions))
+        else:
+            squared = model.distances(images, captions)
+        return squared.sqrt()
+
+
+def _nearest(distances: Tensor) -> list[tuple[int, float]]:
+    found = distances.topk(min(SHOWN, len(distances)), largest=False)
     return [(int(row), float(d)) for row, d in zip(found.indices, found.values, strict=True)]
 
 

@@ -8,15 +8,15 @@ import json
 import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from evaluate.embed import embed_split
+from evaluate.hubness import HubnessCorrection
 from evaluate.metrics import CollapseWarning, Report
-from evaluate.protocols import evaluate_coco, evaluate_full
-from evaluate.search import Hit, Searcher, build_index
+from evaluate.search import CORRECTION_FILE, Hit, Searcher, build_index
+from evaluate.tune import tune_share
 from featurize import cache as feature_cache
 from featurize.cache import CacheError, Dataset, open_dataset
 from featurize.datasets.load import load, protocol_of
@@ -25,48 +25,14 @@ from featurize.extract import featurize as extract
 from featurize.shards import publish
 from pipeline import pages, tracking
 from pipeline.config import CONFIG_FILE, RunConfig, dump_yaml, load_yaml, merge, run_name
+from pipeline.measuring import Validation, comparison, fit_correction, keep
 from pipeline.sessions import ray_session
 from train.batches import FeatureReader, Inputs, wanted_outputs
 from train.fit import fit
-from train.loop import Work, start
-from train.state import open_model
-from train.towers import DualEncoder
-
-
-@dataclasses.dataclass
-class Validation:
-    """Measures a model on a split; travels to workers and opens the cache there, once.
-
-    Attributes:
-        inputs: the columns.
-        split: to measure on.
-        protocol: "full" or "coco".
-        tile: rows scored at once.
-    """
-
-    inputs: Inputs
-    split: str
-    protocol: str
-    tile: int
-
-    @cached_property
-    def reader(self) -> FeatureReader:
-        """The cache, opened in this process."""
-        return FeatureReader(self.inputs)
-
-    def report(self, model: DualEncoder) -> Report:
-        """The full report."""
-        images, captions, owner = embed_split(model, self.reader, self.split)
-        measure = evaluate_coco if self.protocol == "coco" else evaluate_full
-        return measure(images, captions, owner, split=self.split, tile=self.tile)
-
-    def __call__(self, model: DualEncoder) -> Mapping[str, float]:
-        """The report as flat numbers, for the training loop."""
-        return self.report(model).as_flat()
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the opened cache behind."""
-        return {key: value for key, value in self.__dict__.items() if key != "reader"}
+from train.hosts import DualEncoder
+from train.loop import Work, feature_dims, start
+from train.state import open_model, save_model
+from train.targets import Targets
 
 
 def _index(config: RunConfig) -> Dataset:
@@ -136,16 +102,31 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CollapseWarning)  # untrained heads may well know nothing
             reader = FeatureReader(work.inputs)
-            untrained = work.validate.report(start(work, reader, torch.device("cpu")).evaluated.eval())
+            targets = Targets.of(reader, work.split, config.train.objective, config.train.seed)
+            untrained = work.validate.report(start(work, reader, targets, torch.device("cpu")).evaluated.eval())
         print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
-        fit(work, folder)
+        fitted = fit(work, folder)
+        publish(folder / "training.json", json.dumps(dataclasses.asdict(fitted), indent=1).encode())
         model, _ = open_model(folder / "model")
+        if isinstance(model, DualEncoder) and model.image_local is not None:
+            share = tune_share(model, *embed_split(model, reader, config.data.evaluate), tile=config.evaluate.tile)
+            print(f"local space: share {share:.2f} of the similarity is best on {config.data.evaluate}", flush=True)
+            dims = feature_dims(reader, config.train)
+            save_model(folder / "model", model.state_dict(), config.train.model, dims, work.inputs)
         trained = work.validate.report(model)
-        publish(folder / "metrics.json", json.dumps(trained.as_dict(), indent=1).encode())
-        build_index(model, reader, folder / "index")
+        keep(folder, "", trained, reader.owners(config.data.evaluate))
         reports = {"trained": trained, "untrained": untrained}
+        logged = {**trained.as_flat(), **{f"fit/{k}": float(v) for k, v in dataclasses.asdict(fitted).items()}}
+        correction = fit_correction(model, reader, config.data.train, config.evaluate.hubness, config.train.seed)
+        if correction is not None:
+            correction.save(folder / "model" / CORRECTION_FILE)
+            reports["corrected for hubness"] = corrected = work.validate.report(model, correction)
+            keep(folder, "-corrected", corrected)
+            logged |= {f"corrected/{name}": value for name, value in corrected.as_flat().items()}
+        if model.indexable:
+            build_index(model, reader, folder / "index")
         page = pages.write_run_page(folder, config, reports, model, reader)
-        tracker.log(trained.as_flat(), 0)
+        tracker.log(logged, 0)
         for path, under in (
             (folder / CONFIG_FILE, ""),
             (folder / "metrics.json", ""),
@@ -153,7 +134,7 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
             (folder / "model", "checkpoint"),
         ):
             tracker.artifact(path, under)
-        print(_summary(config, folder, dataset, trained, untrained, page, tracker))
+        print(_summary(config, folder, dataset, reports, page, tracker))
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -166,8 +147,7 @@ def _summary(
     config: RunConfig,
     folder: Path,
     dataset: Dataset,
-    trained: Report,
-    untrained: Report,
+    reports: Mapping[str, Report],
     page: Path,
     tracker: tracking.Tracker,
 ) -> str:
@@ -175,11 +155,12 @@ def _summary(
         shown = folder.relative_to(Path.cwd())
     except ValueError:
         shown = folder
+    indexed = (folder / "index").exists()
     return "\n".join(
         [
             "",
-            trained.as_table(),
-            f"untrained heads: rSum {untrained.rsum:.1f}",
+            reports["trained"].as_table(),
+            *(f"{name}: rSum {report.rsum:.1f}" for name, report in reports.items() if name != "trained"),
             "",
             f"run     {folder}",
             f"cache   {dataset.folder}",
@@ -187,7 +168,7 @@ def _summary(
             f"mlflow  {tracker.uri}, experiment {tracker.experiment}",
             "",
             "what to type next",
-            f'  python -m pipeline search {shown} "{min(dataset.captions, key=len)}"',
+            *([f'  python -m pipeline search {shown} "{min(dataset.captions, key=len)}"'] if indexed else []),
             f"  python -m pipeline run {config.method} --dataset {config.data.dataset}"
             + (f" --root {config.data.root}" if config.data.root else "")
             + " --train.lr 5e-4     # a second experiment: nothing is extracted again",
@@ -238,13 +219,18 @@ def resume(folder: Path) -> Path:
 
 def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
     """Measure a finished run again, on a split or by a protocol of choice; prints, and keeps `metrics-<split>.json`."""
-    searcher = Searcher.open(folder)
+    model, inputs = open_model(folder / "model")
     config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     chosen = split or config.data.evaluate
-    validation = Validation(searcher.inputs, chosen, _protocol(config, protocol), config.evaluate.tile)
-    report = validation.report(searcher.model)
-    publish(folder / f"metrics-{chosen}.json", json.dumps(report.as_dict(), indent=1).encode())
+    validation = Validation(inputs, chosen, _protocol(config, protocol), config.evaluate.tile)
+    report = validation.report(model)
+    keep(folder, f"-{chosen}", report)
     print(report.as_table())
+    correction = folder / "model" / CORRECTION_FILE
+    if correction.exists():
+        corrected = validation.report(model, HubnessCorrection.open(correction))
+        keep(folder, f"-{chosen}-corrected", corrected)
+        print(f"corrected for hubness: rSum {corrected.rsum:.1f}")
     if (folder / tracking.RUN_FILE).exists():
         try:
             tracking.sync(folder)
@@ -252,13 +238,18 @@ def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
             print(f"warning: {error}")
 
 
-def search(folder: Path, queries: list[str], k: int, page: Path | None) -> None:
+def compare(folders: list[Path]) -> None:
+    """Print runs side by side: recalls, intervals, and by what each differs from the first."""
+    print(comparison(folders))
+
+
+def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corrected: bool) -> None:
     """Answer queries, each a text or a picture's file, with files and distances; on a page too, if one is named."""
     searcher = Searcher.open(folder)
     answers: list[tuple[str | Path, list[Hit]]] = []
     for text in queries:
         query = Path(text) if _is_picture(text) else text
-        hits = searcher.search(query, k)
+        hits = searcher.search(query, k, corrected=corrected)
         answers.append((query, hits))
         print(f"\n{text}")
         for hit in hits:

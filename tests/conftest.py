@@ -13,6 +13,7 @@ from featurize.datasets.sample import Sample
 from featurize.encoder import Output
 from featurize.extract import PlannedColumn
 from featurize.shards import row_key, write_shard
+from featurize.texts.lexicon import LexiconEncoder
 from train.batches import Inputs
 from train.config import ModelConfig, TowerConfig, TrainConfig
 
@@ -90,6 +91,13 @@ def tiny_cache(tmp_path_factory):
             "plain",
             [row[: 1 + number % 6] for number, row in enumerate(tokens)],
         ),
+        "lexicon-en.lemmas": (
+            "text",
+            "lexicon-en",
+            Output("lemmas", (), True, "int32"),
+            "plain",
+            [np.array(row, np.int32) for row in LexiconEncoder("en").prepare(dataset.captions)],
+        ),
     }
     columns = []
     for name, (modality, encoder, output, view, rows) in made.items():
@@ -108,7 +116,7 @@ def tiny_cache(tmp_path_factory):
                 part = rows[counts[:first].sum() : counts[: first + 32].sum()]
             file = write_shard(target / f"{shard:06d}.tar", keys, part, ragged=output.ragged)
             records.append(ShardRecord(file.rows, file.size, file.sha256))
-        described = {"dtype": "float16", "shape": output.shape, "ragged": output.ragged}
+        described = {"dtype": output.dtype, "shape": output.shape, "ragged": output.ragged}
         make_manifest(name, modality, ingredients, described, records).write(target)
         columns.append(PlannedColumn(name, modality, encoder, output, view, ingredients, target))
     return TinyCache(open_dataset(dataset.folder), columns)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from train.config import AggregatorName, SettingsError
+from train.contexts import real_first, run_gru, take
 from train.quantize import PartCodebook
 
 
@@ -214,13 +215,34 @@ class NetVLAD(Aggregator):
         return pooled
 
 
+class Memory(Aggregator):
+    """VSRN's global reasoning (Li et al., ICCV 2019, section 3.2): a GRU reads the parts and keeps what matters.
+
+    The result is its memory after the last real part.
+
+    Args:
+        dim: D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.gru = nn.GRU(dim, dim, batch_first=True)
+
+    def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
+        """Pool the real parts; see `Aggregator.forward`."""
+        counts = mask.sum(1)  # (B,)
+        states = run_gru(self.gru, take(parts, real_first(mask)), counts)  # (B, K, D)
+        last = (counts - 1).clamp_min(0)[:, None, None].expand(-1, -1, states.shape[2])
+        return states.gather(1, last).squeeze(1).to(parts.dtype)
+
+
 def build_aggregator(
     name: AggregatorName, dim: int, heads: int, clusters: int, codebook: PartCodebook | None = None
 ) -> Aggregator:
     """The aggregator of this name.
 
     Args:
-        name: mean, max, attention, gpo or netvlad.
+        name: mean, max, attention, gpo, netvlad or memory.
         dim: D, width of the parts.
         heads: of attention.
         clusters: M of netvlad.
@@ -245,5 +267,7 @@ def build_aggregator(
             return GPO(dim)
         case "netvlad":
             return NetVLAD(codebook or PartCodebook(clusters, dim))
+        case "memory":
+            return Memory(dim)
         case _:
-            raise SettingsError(f"found aggregator {name!r}; expected mean, max, attention, gpo or netvlad")
+            raise SettingsError(f"found aggregator {name!r}; expected mean, max, attention, gpo, netvlad or memory")

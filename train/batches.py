@@ -17,7 +17,9 @@ from featurize.cache import Dataset, open_column, open_dataset, read_manifest
 from featurize.config import View
 from featurize.extract import PlannedColumn
 from featurize.shards import Array, Column
-from train.config import ObjectiveConfig, TrainConfig
+from featurize.texts.lexicon import language_of, stop_ids
+from train.config import ObjectiveConfig, SettingsError, TrainConfig
+from train.lexicon import Lemmas, Vocabulary, image_labels
 
 T = TypeVar("T")
 
@@ -30,11 +32,15 @@ class Features:
         vectors: (N, V) float32, all vector columns side by side; V may be 0.
         parts: one (N, K_c, D_c) float32 tensor for each part column (grid, regions, tokens).
         masks: one (N, K_c) bool tensor for each part column; True where a part is real.
+        bags: one (N, L_c) int64 tensor of lemma ids for each bag column.
+        bag_masks: one (N, L_c) bool tensor for each bag column; True where there is a lemma.
     """
 
     vectors: Tensor
     parts: tuple[Tensor, ...] = ()
     masks: tuple[Tensor, ...] = ()
+    bags: tuple[Tensor, ...] = ()
+    bag_masks: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> "Features":
         """The same on a device; from pinned memory without waiting."""
@@ -44,24 +50,8 @@ class Features:
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True)
 
-        return Features(move(self.vectors), tuple(map(move, self.parts)), tuple(map(move, self.masks)))
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The global batch as losses see it: B embedded pairs, row i of one matching row i of the other.
-
-    Attributes:
-        image: (B, E) image embeddings.
-        text: (B, E) caption embeddings.
-        image_ids: (B,) int64; pairs with equal ids show the same image and are never negatives of each other.
-        semantic: (B, S) frozen unit sentence vectors of the captions, no gradient; S = 0 where no loss reads them.
-    """
-
-    image: Tensor
-    text: Tensor
-    image_ids: Tensor
-    semantic: Tensor
+        groups = (self.parts, self.masks, self.bags, self.bag_masks)
+        return Features(move(self.vectors), *(tuple(map(move, group)) for group in groups))
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,8 @@ class Inputs:
         text_parts: part columns of captions.
         semantic: sentence vectors for losses that compare captions, if any does.
         precision: of the encoders' arithmetic.
+        text_bags: lemma columns of captions.
+        lemmas: lemmas for labels of images, if the run has them.
     """
 
     dataset: Path
@@ -127,6 +119,8 @@ class Inputs:
     text_parts: tuple[ColumnRef, ...]
     semantic: ColumnRef | None
     precision: Literal["bfloat16", "float32"]
+    text_bags: tuple[ColumnRef, ...] = ()
+    lemmas: ColumnRef | None = None
 
     @classmethod
     def of(
@@ -167,19 +161,34 @@ class Inputs:
             tuple(ref[0] for ref in views("text", model.text.parts)),
             sentences[0] if sentences else None,
             precision,
+            tuple(ref[0] for ref in views("text", model.text.bags)),
+            next((ref[0] for ref in views("text", ["lemmas"])), None),
         )
 
 
 def compares_captions(config: ObjectiveConfig) -> bool:
-    """Whether a loss reads the frozen similarity of captions."""
-    return config.ranking == "hinge" and config.hinge.margin.form in ("B", "C")
+    """Whether a loss reads the frozen sentence vectors of captions."""
+    clusters = config.center.weight > 0 and config.center.concept == "cluster"
+    return clusters or config.margin.form in ("B", "C")
+
+
+def reads_labels(config: ObjectiveConfig) -> bool:
+    """Whether a loss reads the labels that captions' words give an image."""
+    return config.local.weight > 0 or (config.center.weight > 0 and config.center.concept == "lexical")
 
 
 def wanted_outputs(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The encoder outputs that a training run reads: of images, of captions."""
+    """The encoder outputs that a training run reads: of images, of captions.
+
+    Raises:
+        SettingsError: the image tower is to read words.
+    """
     image, text = config.model.image, config.model.text
+    if image.bags:
+        raise SettingsError(f"model.image.bags: found {image.bags}, expected none: only captions have words")
     sentence = ("sentence",) if compares_captions(config.objective) else ()
-    return image.vectors + image.parts, tuple(dict.fromkeys(text.vectors + text.parts + sentence))
+    lemmas = ("lemmas",) if reads_labels(config.objective) else ()
+    return image.vectors + image.parts, tuple(dict.fromkeys(text.vectors + text.parts + text.bags + sentence + lemmas))
 
 
 class FeatureReader:
@@ -202,7 +211,12 @@ class FeatureReader:
         self._image_parts = [[opened(ref) for ref in views] for views in inputs.image_parts]
         self._text_vectors = [opened(ref) for ref in inputs.text_vectors]
         self._text_parts = [opened(ref) for ref in inputs.text_parts]
+        self._text_bags = [opened(ref) for ref in inputs.text_bags]
         self._semantic = opened(inputs.semantic) if inputs.semantic else None
+        self._lemmas = opened(inputs.lemmas) if inputs.lemmas else None
+        described = [column for views in self._image_vectors + self._image_parts for column in views]
+        for column in [*described, *self._text_vectors, *self._text_parts, *self._text_bags]:
+            _check_kind(column, words=column in self._text_bags)
         self.views = len((self._image_vectors or self._image_parts)[0])
         image_columns = [column for views in self._image_vectors + self._image_parts for column in views]
         manifests = [read_manifest(column.folder) for column in image_columns]
@@ -228,6 +242,11 @@ class FeatureReader:
         images = np.setdiff1d(self.dataset.rows_of(name), self.missing)
         return images, np.flatnonzero(np.isin(self.caption_image, images))
 
+    def owners(self, split: str) -> Tensor:
+        """For each caption row of a split, in order, the place (M,) of its image among the split's images."""
+        images, captions = self.split(split)
+        return torch.from_numpy(np.searchsorted(images, self.caption_image[captions]))
+
     def images(self, rows: Array, views: Array) -> Features:
         """Features of image rows (N,), each in the view (N,) that is asked for."""
 
@@ -251,11 +270,49 @@ class FeatureReader:
     def texts(self, rows: Array) -> Features:
         """Features of caption rows (N,)."""
         padded = [column.gather_padded(rows) for column in self._text_parts]
+        bags = [column.gather_padded(rows) for column in self._text_bags]
         return Features(
             _side_by_side([column.gather(rows) for column in self._text_vectors], len(rows)),
             tuple(_tensor(values) for values, _ in padded),
             tuple(torch.from_numpy(mask) for _, mask in padded),
+            tuple(torch.from_numpy(ids.astype(np.int64)) for ids, _ in bags),
+            tuple(torch.from_numpy(mask) for _, mask in bags),
         )
+
+    def vocabularies(self, split: str, size: int, min_frequency: int) -> tuple[Vocabulary, ...]:
+        """For each bag column the lemmas that most captions of a split hold, see `Vocabulary.of`."""
+        _, captions = self.split(split)
+        return tuple(Vocabulary.of(_lemmas(column, captions), size, min_frequency) for column in self._text_bags)
+
+    def labels(self, split: str, size: int) -> tuple[Tensor, Tensor]:
+        """Labels that their captions' words give the images of a split (METHODS: HIER).
+
+        Args:
+            split: the one that is trained on; its captions choose the vocabulary.
+            size: V, the most frequent content lemmas; fewer where the captions hold fewer.
+
+        Returns:
+            (n, V) uint8, how often an image's captions use a word, in the order of the image rows of `split`, and (V,)
+            float32 idf.
+
+        Raises:
+            SettingsError: the run has no lexicon.
+        """
+        if self._lemmas is None or self.inputs.lemmas is None:
+            raise SettingsError(
+                "labels from words need the captions' lemmas, and this run reads none: add lexicon (English) or "
+                "lexicon:LANGUAGE to --featurize.texts"
+            )
+        images, captions = self.split(split)
+        lemmas = _lemmas(self._lemmas, captions)
+        vocabulary = Vocabulary.of(lemmas, size, stop=stop_ids(language_of(self.inputs.lemmas.encoder)))
+        owner = np.searchsorted(images, self.caption_image[captions])
+        return image_labels(lemmas, owner, len(images), vocabulary), vocabulary.idf
+
+    def sentences(self, captions: Array) -> Array:
+        """Frozen sentence vectors (N, S) of caption rows, for a run whose objective compares captions."""
+        assert self._semantic is not None, "Inputs.of names a sentence column where compares_captions is true"
+        return self._semantic.gather(captions)
 
     def batch(self, captions: Array, views: Array) -> Batch:
         """Pairs of caption rows (b,) and their images in the views (b,) asked for."""
@@ -266,6 +323,25 @@ class FeatureReader:
 
 def _dims(vectors: Sequence[Column], parts: Sequence[Column]) -> tuple[int, tuple[int, ...]]:
     return sum(column.shape[-1] for column in vectors), tuple(column.shape[-1] for column in parts)
+
+
+def _check_kind(column: Column, *, words: bool) -> None:
+    if (column.dtype.kind == "i") != words:
+        found = "vectors" if words else "lemma ids"
+        raise SettingsError(
+            f"{column.name} holds {found}: a tower reads lemmas by its `bags`, everything else by `vectors` or `parts`"
+        )
+
+
+def _lemmas(column: Column, captions: Array) -> Lemmas:
+    """The lemmas of caption rows (N,), a few thousand rows at a time: one long caption pads them all."""
+    ids: list[Array] = [np.empty(0, np.int64)]
+    owner: list[Array] = [np.empty(0, np.int64)]
+    for start in range(0, len(captions), 4096):
+        values, mask = column.gather_padded(captions[start : start + 4096])
+        ids.append(values[mask].astype(np.int64))
+        owner.append(start + np.nonzero(mask)[0])
+    return Lemmas(np.concatenate(ids), np.concatenate(owner), len(captions))
 
 
 def _tensor(values: Array) -> Tensor:

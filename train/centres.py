@@ -1,7 +1,7 @@
 """Concept centres that follow the embeddings: the table behind the center loss.
 
-Center loss (Wen et al., ECCV 2016, equations 3 and 4), as LESS uses it across modalities. One concept is one
-image with all its captions; concepts are numbered 0 to C-1 without gaps.
+Center loss (Wen et al., ECCV 2016, equations 3 and 4), as LESS uses it across modalities. What a concept is, see
+`train/concepts.py`; concepts are numbered 0 to C-1 without gaps.
 """
 
 import torch

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.embeddings import Embeddings, Erased
+
 
 def world() -> tuple[int, int]:
     """This worker's rank and the number of workers; (0, 1) outside a process group."""
@@ -48,6 +50,39 @@ def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         return rows
     gathered: Tensor = _GatherRows.apply(rows, sizes)
     return gathered
+
+
+def gather_flags(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Bool rows (b, ...) of every worker as the global batch (B, ...), in rank order."""
+    return gather_rows(rows.to(torch.uint8), sizes).bool() if len(sizes) > 1 else rows
+
+
+def gather_embeddings(embeddings: Embeddings, sizes: Sequence[int]) -> Embeddings:
+    """Embeddings of every worker as those of the global batch, in rank order, with gradient.
+
+    Args:
+        embeddings: this worker's.
+        sizes: rows of each worker, known to all; they may differ.
+    """
+
+    def gather(rows: Tensor) -> Tensor:
+        if not rows.shape[1:].numel():
+            return rows.new_zeros(sum(sizes), *rows.shape[1:])
+        return gather_flags(rows, sizes) if rows.dtype == torch.bool else gather_rows(rows, sizes)
+
+    return embeddings.map(gather)
+
+
+def gather_erased(erased: Erased, sizes: Sequence[int]) -> Erased:
+    """Erased views of every worker as those of the global batch; see `gather_embeddings`."""
+    return Erased(
+        gather_embeddings(erased.image_kept, sizes),
+        gather_embeddings(erased.image_dropped, sizes),
+        gather_embeddings(erased.text_kept, sizes),
+        gather_embeddings(erased.text_dropped, sizes),
+        gather_flags(erased.image_partial, sizes),
+        gather_flags(erased.text_partial, sizes),
+    )
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

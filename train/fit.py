@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from tqdm import tqdm
 from featurize.extract import WORKER_ENV
 from featurize.shards import publish, temporary_name
 from train.batches import FeatureReader
-from train.loop import Progress, Work, train_worker
-from train.state import read_state, save_model
+from train.loop import Progress, Work, feature_dims, train_worker
+from train.state import open_model, read_state, save_model
 
 
 class LocalCheckpoints:
@@ -176,7 +177,24 @@ def _cluster_cpus() -> float:
     return cpus
 
 
-def fit(work: Work, folder: Path) -> None:
+@dataclass(frozen=True)
+class Fitted:
+    """What training took and gave.
+
+    Attributes:
+        seconds: on training and validating, all workers at once.
+        steps: that were taken.
+        epoch: whose weights are kept, from 1.
+        parameters: numbers in the model that were learned.
+    """
+
+    seconds: float
+    steps: int
+    epoch: int
+    parameters: int
+
+
+def fit(work: Work, folder: Path) -> Fitted:
     """Train, and leave the best model in `<folder>/model`; continues a run that was interrupted in this folder.
 
     With `workers >= 1` Ray Train runs the loop and restarts killed workers from the last checkpoint; with 0 the loop
@@ -229,6 +247,9 @@ def fit(work: Work, folder: Path) -> None:
         folder / "model",
         state["best_weights"],
         config.model,
-        (reader.image_dims, reader.text_dims),
+        feature_dims(reader, config),
         work.inputs,
     )
+    model, _ = open_model(folder / "model")
+    learned = sum(parameter.numel() for parameter in model.parameters())
+    return Fitted(state["seconds"], state["step"], state["best_epoch"] + 1, learned)

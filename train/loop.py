@@ -5,9 +5,11 @@ changes the speed and nothing else.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,17 +22,23 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featurize.shards import Array
-from train.batches import Batch, FeatureReader, Inputs, Pairs, Schedule, prefetch, worker_slices
+from train.batches import Batch, FeatureReader, Inputs, Schedule, prefetch, worker_slices
 from train.config import SettingsError, TrainConfig
-from train.distributed import average_gradients, gather_rows, world
+from train.distributed import average_gradients, gather_embeddings, gather_erased, gather_rows, world
+from train.embeddings import Embeddings, Pairs
+from train.hosts import Host, build_host
+from train.lexicon import BagOfLemmas
 from train.losses.objective import Objective
+from train.memory import EmbeddingShape
+from train.mixup import Mixup, check_mixup, mix
 from train.noise import Noise
 from train.state import TrainState
-from train.towers import DualEncoder
+from train.targets import Targets
+from train.towers import Dims
 
 LOG_EVERY = 10  # steps
 
-Validate = Callable[[DualEncoder], Mapping[str, float]]
+Validate = Callable[[Host], Mapping[str, float]]
 Log = Callable[[Mapping[str, float], int], None]
 
 
@@ -106,28 +114,60 @@ def _parameter_groups(modules: list[nn.Module], decay: float) -> list[dict[str, 
     ]
 
 
-def start(work: Work, reader: FeatureReader, device: torch.device) -> TrainState:
-    """The state before the first step: seeded weights, statistics of the training rows, centres by k-means."""
+def feature_dims(reader: FeatureReader, config: TrainConfig) -> tuple[Dims, Dims]:
+    """Widths of image and of caption features."""
+    words = (config.model.text.vocabulary,) * len(config.model.text.bags)
+    return Dims(*reader.image_dims), Dims(*reader.text_dims, words)
+
+
+def start(work: Work, reader: FeatureReader, targets: Targets, device: torch.device) -> TrainState:
+    """The state before the first step: seeded weights, statistics and words of training rows, centres by k-means."""
     config = work.config
+    check_mixup(config)
+    if bool(config.model.local.dim) != bool(config.objective.local.weight):
+        raise SettingsError(
+            f"found a local space of {config.model.local.dim} dimensions and a local loss of weight "
+            f"{config.objective.local.weight}; expected both above 0, or both 0"
+        )
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 2])
     images, captions = reader.split(work.split)
-    model = DualEncoder(config.model, reader.image_dims, reader.text_dims)
-    objective = Objective(config.objective, config.model.dim, len(images))
+    model = build_host(config.model, *feature_dims(reader, config))
+    bags = config.model.text
+    vocabularies = reader.vocabularies(work.split, bags.vocabulary, bags.min_frequency)
+    for bag, vocabulary in zip(model.text.bags, vocabularies, strict=True):
+        assert isinstance(bag, BagOfLemmas)
+        bag.fit(vocabulary)
     image_rows = np.sort(rng.permutation(images)[: 1024 if reader.image_dims[1] else 16384])
     text_rows = np.sort(rng.permutation(captions)[: 4096 if reader.text_dims[1] else 16384])
     image_sample = reader.images(image_rows, rng.integers(0, reader.views, len(image_rows)))
     text_sample = reader.texts(text_rows)
     with torch.no_grad():
         model.fit_inputs(image_sample, text_sample)
-        objective.initialise(torch.cat([model.embed_images(image_sample), model.embed_texts(text_sample)]))
+        embedded = model.embed_images(image_sample), model.embed_texts(text_sample)
+    image, text = (EmbeddingShape(e.vector.shape[1], e.local.shape[1], *e.parts.shape[1:]) for e in embedded)
+    objective = Objective(config.objective, image, text, targets.count, targets.labels.shape[1])
+    if objective.local is not None:
+        objective.local.fit(targets.idf)
     model.to(device)
     objective.to(device)
     groups = _parameter_groups([model, objective], config.weight_decay)
     optimizer = AdamW(groups, lr=config.lr, fused=True)
-    moving = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]  # torch's
-    average = AveragedModel(model, multi_avg_fn=moving) if config.ema else None
-    return TrainState(model, objective, optimizer, average, _fingerprint(work))
+    average = AveragedModel(model, multi_avg_fn=partial(_follow, config.ema)) if config.ema else None
+    momentum = None
+    if objective.bank is not None:
+        moving = get_ema_multi_avg_fn(config.objective.bank.momentum)  # type: ignore[no-untyped-call]  # torch's
+        momentum = AveragedModel(model, multi_avg_fn=moving)
+    return TrainState(model, objective, optimizer, average, momentum, _fingerprint(work))
+
+
+def _follow(decay: float, averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+    """A moving average that begins short: after n updates its decay is at most (1 + n) / (10 + n), as TensorFlow's.
+
+    A short training then keeps little of the weights that it began with.
+    """
+    count = int(updates)
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + count) / (10 + count)))
 
 
 def train_worker(
@@ -151,6 +191,12 @@ def train_worker(
         if folder is not None:
             state.load(folder)
     bar = progress(trainer.total, state.step) if trainer.rank == 0 else None
+    begun = time.monotonic() - state.seconds
+
+    def save(metrics: Mapping[str, float]) -> None:
+        state.seconds = time.monotonic() - begun
+        checkpoints.save(state.save, metrics, state.step)
+
     try:
         while not state.stopped:
             epoch = state.step // trainer.schedule.steps
@@ -159,16 +205,33 @@ def train_worker(
                     bar.update(1)
                 between = step % trainer.schedule.steps and work.config.checkpoint_steps
                 if between and step % between == 0:
-                    checkpoints.save(state.save, {"epoch": float(epoch)}, step)
+                    save({"epoch": float(epoch)})
             metrics = trainer.validate(epoch)
             if bar is not None:
                 bar.set_description(
                     f"train: epoch {epoch + 1}/{epochs}, val rSum {metrics['rsum']:.1f} (best {state.best:.1f})"
                 )
-            checkpoints.save(state.save, {**metrics, "epoch": float(epoch)}, state.step)
+            save({**metrics, "epoch": float(epoch)})
     finally:
         if bar is not None:
             bar.close()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step takes.
+
+    Attributes:
+        captions: (B,) caption rows of the global batch.
+        mixed: (B,) caption rows that they are mixed with; `captions` without mixup.
+        slices: the part of the global batch that each worker has.
+        batch: this worker's part.
+    """
+
+    captions: Array
+    mixed: Array
+    slices: list[slice]
+    batch: Batch
 
 
 class _Trainer:
@@ -184,12 +247,13 @@ class _Trainer:
                 f"a batch of {config.batch} pairs cannot be dealt to {workers} workers; raise --train.batch"
             )
         self.reader = FeatureReader(work.inputs)
-        images, captions = self.reader.split(work.split)
+        _, captions = self.reader.split(work.split)
         owner = self.reader.caption_image[captions]
         self.schedule = Schedule(captions, owner, config.batch, self.reader.views, config.seed)
         self.total = config.epochs * self.schedule.steps
-        self.image_ids = np.searchsorted(images, self.reader.caption_image)  # caption row -> 0 to images - 1
-        self.state = start(work, self.reader, device)
+        self.targets = Targets.of(self.reader, work.split, config.objective, config.seed)
+        self.mixup = Mixup(config.mixup, config.seed) if config.mixup else None
+        self.state = start(work, self.reader, self.targets, device)
         self.model: nn.Module = self.state.model
         if workers > 1:
             self.model = DistributedDataParallel(
@@ -202,33 +266,56 @@ class _Trainer:
         epoch, first_step = divmod(state.step, self.schedule.steps)
         self.model.train()
         state.objective.train()
-        for rows, slices, batch in prefetch(self._batches(epoch, first_step)):
-            terms = self._step(rows, slices, batch)
+        for step in prefetch(self._steps(epoch, first_step)):
+            terms = self._step(step)
             if state.step % LOG_EVERY == 0 or state.step % self.schedule.steps == 0:
                 self._report(terms)
             yield state.step
 
-    def _batches(self, epoch: int, first_step: int) -> Iterator[tuple[Array, list[slice], Batch]]:
+    def _steps(self, epoch: int, first_step: int) -> "Iterator[_Step]":
+        number = epoch * self.schedule.steps + first_step
         for captions, views in self.schedule.epoch(epoch, first_step):
             slices = worker_slices(len(captions), world()[1])
             own = slices[self.rank]
-            yield captions, slices, self.reader.batch(captions[own], views[own])
+            batch, mixed = self.reader.batch(captions[own], views[own]), captions
+            if self.mixup is not None:
+                partner, share = self.mixup.draw(number, len(captions))
+                mixed = captions[partner]
+                batch = mix(batch, self.reader.batch(mixed[own], views[partner][own]), share)
+            yield _Step(captions, mixed, slices, batch)
+            number += 1
 
-    def _step(self, captions: Array, slices: list[slice], batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step on a global batch of which `batch` is this worker's slice; returns what to log."""
+    def _pairs(self, step: "_Step") -> Pairs:
+        """The embedded global batch."""
         state, config = self.state, self.work.config
-        noise = Noise(config.seed, state.step, len(captions), slices[self.rank])
-        sizes = [part.stop - part.start for part in slices]
-        batch = batch.to(self.device)
+        sizes = [part.stop - part.start for part in step.slices]
+        noise = Noise(config.seed, state.step, len(step.captions), step.slices[self.rank])
+        batch = step.batch.to(self.device)
+        keep = config.objective.erasing.keep if config.objective.erasing.weight else None
+        keys: tuple[Embeddings, Embeddings] | None = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            image, text = self.model(batch.image, batch.text, noise)
-        pairs = Pairs(
-            gather_rows(image, sizes),
-            gather_rows(text, sizes),
-            torch.from_numpy(self.image_ids[captions]).to(self.device),
+            image, text, erased = self.model(batch.image, batch.text, noise, keep)
+            if state.momentum is not None:
+                with torch.no_grad():
+                    one, other, _ = state.momentum(batch.image, batch.text)
+                    keys = gather_embeddings(one, sizes), gather_embeddings(other, sizes)
+        image_ids = torch.from_numpy(self.targets.image_ids[step.captions])
+        return Pairs(
+            gather_embeddings(image, sizes),
+            gather_embeddings(text, sizes),
+            image_ids.to(self.device),
             gather_rows(batch.semantic, sizes),
+            self.targets.concepts[image_ids].to(self.device),
+            self.targets.labels[image_ids].to(self.device),
+            torch.from_numpy(self.targets.image_ids[step.mixed]).to(self.device),
+            keys,
+            None if erased is None else gather_erased(erased, sizes),
         )
-        loss, terms = state.objective(pairs, state.step / self.total)
+
+    def _step(self, step: "_Step") -> dict[str, Tensor]:
+        """One optimiser step on a global batch; returns what to log."""
+        state, config = self.state, self.work.config
+        loss, terms = state.objective(self._pairs(step), state.step / self.total, state.model.distances)
         state.optimizer.zero_grad()
         loss.backward()
         average_gradients(state.objective.parameters())
@@ -238,8 +325,8 @@ class _Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         state.optimizer.step()
-        if state.average is not None:
-            state.average.update_parameters(state.model)
+        for follower in state.followers().values():
+            follower.update_parameters(state.model)
         state.step += 1
         return {"loss": loss.detach(), **terms, "gradient_norm": norm, "lr": torch.tensor(rate)}
 

@@ -1,4 +1,4 @@
-"""The hinge's margin: fixed, following the gap that training has opened, or shaped by caption similarity.
+"""The margin of a ranking loss: fixed, following the gap that training has opened, or shaped by caption similarity.
 
 Implements the adaptive margin that LESS describes (Malali & Keller, TPAMI 2022; METHODS: LESS 4), in squared
 distance:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from train.config import SettingsError
 
+DEAD = 0.05  # form B: a codeword used less than this share of the average begins again
 NEAREST_RATIO = 100.0  # form A starts with the nearest centre weighing this many times the second nearest
 
 
@@ -76,6 +77,30 @@ def kmeans(points: Tensor, clusters: int, *, seed: int = 0, iterations: int = 25
     return centres.to(device)
 
 
+@torch.no_grad()
+def dealt_axes(points: Tensor, subspaces: int) -> Tensor:
+    """A rotation after which every sub-space holds about as much of the points' variance as the others.
+
+    The principal axes, most variance first, are dealt to the sub-spaces in snake order (0, 1, ..., S-1, S-1, ..., 1, 0,
+    0, ...). Computed on the CPU in float64; an axis points to where its largest coefficient is positive.
+
+    Args:
+        points: (N, E).
+        subspaces: S, a divisor of E.
+
+    Returns:
+        (E, E) float32 orthogonal, on the device of `points`: `points @ rotation` are the rotated points, and its
+        columns s·E/S to (s+1)·E/S - 1 are the axes of sub-space s.
+    """
+    device, points = points.device, points.double().cpu()
+    centred = points - points.mean(0)
+    axes: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)  # (E, E), most variance first
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
+    rounds = torch.arange(len(axes)).reshape(-1, subspaces)  # (E/S, S) axes in the order they are dealt
+    rounds[1::2] = rounds[1::2].flip(1)
+    return axes[:, rounds.T.flatten()].float().to(device)
+
+
 class PartCodebook(nn.Module):
     """Form A: centres in the space of parts, and how sharply a part chooses among them.
 
@@ -138,12 +163,13 @@ class PartCodebook(nn.Module):
 
 
 class ProductCodebook(nn.Module):
-    """Form B: S sub-spaces with M codewords each, shared by both modalities.
+    """Form B: a rotation, then S sub-spaces with M codewords each, shared by both modalities.
 
-    An embedding is cut into S consecutive pieces of E/S dimensions; each piece becomes the number of its
-    nearest codeword. `codewords` has the layout (S, M, E/S) of the centroids of a FAISS product quantizer, so
-    a copy of them there gives the same codes. Until `initialise` has run, they are spread as random unit
-    vectors are.
+    A rotated embedding is cut into S consecutive pieces of E/S dimensions; each piece becomes the number of its
+    nearest codeword. A rotation changes no distance. `codewords` has the layout (S, M, E/S) of the centroids of a FAISS
+    product quantizer, so a copy of them there gives the same codes. Until `initialise` has run, the codebook is not
+    `ready`: nothing is rotated, and codewords are spread as random unit vectors are. Then they follow the embeddings as
+    moving averages (VQ-VAE-2, Razavi et al., NeurIPS 2019, equation 2), not by gradient.
 
     Args:
         dim: E.
@@ -154,6 +180,12 @@ class ProductCodebook(nn.Module):
         SettingsError: when E cannot be cut into S pieces, or on fewer than 2 codewords.
     """
 
+    codewords: Tensor
+    counts: Tensor
+    rotation: Tensor
+    spread: Tensor
+    ready: Tensor
+
     def __init__(self, dim: int, subspaces: int, codewords: int) -> None:
         super().__init__()
         if subspaces < 1 or dim % subspaces:
@@ -162,34 +194,81 @@ class ProductCodebook(nn.Module):
             )
         if codewords < 2:
             raise SettingsError(f"found {codewords} codewords; expected at least 2 in each sub-space")
-        self.codewords = nn.Parameter(torch.randn(subspaces, codewords, dim // subspaces) * dim**-0.5)
+        self.register_buffer("codewords", torch.randn(subspaces, codewords, dim // subspaces) * dim**-0.5)
+        self.register_buffer("counts", torch.ones(subspaces, codewords))  # of a batch's pieces, moving average
+        self.register_buffer("rotation", torch.eye(dim))
+        self.register_buffer("spread", torch.tensor(1.0))  # mean squared distance of a piece to its codeword
+        self.register_buffer("ready", torch.tensor(False))
 
+    @torch.no_grad()
     def initialise(self, embeddings: Tensor, seed: int = 0) -> None:
-        """Set the codewords by k-means in each sub-space.
+        """Take the rotation of `dealt_axes`, and codewords by k-means in each sub-space.
 
         Args:
             embeddings: (N, E), a sample of both modalities, N at least M.
             seed: of k-means.
 
         Raises:
-            SettingsError: when the sample has fewer embeddings than codewords.
+            SettingsError: when the sample has fewer embeddings than codewords, or another number of dimensions.
         """
-        pieces = self._pieces(embeddings.detach())
-        found = [kmeans(piece, self.codewords.shape[1], seed=seed) for piece in pieces]
-        with torch.no_grad():
-            self.codewords.copy_(torch.stack(found))
+        subspaces, codewords, _ = self.codewords.shape
+        self._check(embeddings)
+        self.rotation.copy_(dealt_axes(embeddings, subspaces))
+        pieces = self.pieces(embeddings)
+        self.codewords.copy_(torch.stack([kmeans(piece, codewords, seed=seed) for piece in pieces]))
+        codes = self.encode(embeddings)
+        self.counts.copy_(self._counted(codes))
+        error = (embeddings - self.decode(codes)).square().sum(1).mean()
+        self.spread.copy_((error / subspaces).clamp_min(torch.finfo(torch.float32).tiny))
+        self.ready.fill_(True)
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, codes: Tensor, decay: float) -> None:
+        """Move each codeword towards the mean of the pieces that chose it; a codeword out of use starts again.
+
+        With n pieces of the batch and their sum Σ: N' = decay · N + (1 - decay) · n, and c becomes
+        (decay · N · c + (1 - decay) · Σ) / N'. Where N' is less than DEAD times its mean over codewords, c becomes a
+        piece of this batch, those furthest from their codewords first, and N' the mean.
+
+        Args:
+            z: (N, E) a batch.
+            codes: (N, S) its codes.
+            decay: 0 to 1.
+        """
+        pieces, chosen = self.pieces(z), codes.long().T  # (S, N, E/S), (S, N)
+        words = self.codewords.clone()
+        kept = decay * self.counts
+        counts = kept + (1 - decay) * self._counted(codes)  # (S, M)
+        for subspace, piece in enumerate(pieces):
+            sums = torch.zeros_like(words[subspace]).index_add_(0, chosen[subspace], piece)
+            moved = kept[subspace, :, None] * words[subspace] + (1 - decay) * sums
+            used = counts[subspace, :, None]
+            words[subspace] = torch.where(used > 0, moved / used, words[subspace])
+            mean = counts[subspace].mean()
+            dead = (counts[subspace] < DEAD * mean).nonzero()[: len(piece), 0]
+            if len(dead):
+                gaps = (piece - words[subspace, chosen[subspace]]).square().sum(1)
+                words[subspace, dead] = piece[gaps.topk(len(dead)).indices]
+                counts[subspace, dead] = mean
+        # New tensors: the loss of this step may still have to read the old ones.
+        self.codewords, self.counts = words, counts
+
+    def _counted(self, codes: Tensor) -> Tensor:
+        """How many of the codes (N, S) name each codeword: (S, M) float."""
+        counts = torch.zeros(self.codewords.shape[:2], device=codes.device)
+        return counts.scatter_add_(1, codes.long().T, torch.ones_like(codes.T, dtype=counts.dtype))
 
     def log_soft_codes(self, z: Tensor, tau: float) -> Tensor:
-        """Logarithm of the soft codes a_snm = softmax_m(-‖z_ns - c_sm‖² / τ).
+        """Logarithm of the soft codes a_snm = softmax_m(-‖z_ns - c_sm‖² / (τ · spread)).
 
         Args:
             z: (N, E).
-            tau: temperature, in squared distance within one sub-space.
+            tau: temperature, in units of `spread`, the error of a piece when the codebook was initialised; 1 before.
 
         Returns:
             (S, N, M) float32, sub-spaces first.
         """
-        return (affinities(self._pieces(z), self.codewords) / tau).log_softmax(-1)
+        return (affinities(self.pieces(z), self.codewords) / (tau * self.spread)).log_softmax(-1)
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
@@ -201,32 +280,14 @@ class ProductCodebook(nn.Module):
         Returns:
             (N, S) int64, 0 to M-1.
         """
-        return affinities(self._pieces(z), self.codewords).argmax(-1).T
+        return affinities(self.pieces(z), self.codewords).argmax(-1).T
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The embeddings that codes stand for; gradients reach the codewords that were chosen.
-
-        Args:
-            codes: (N, S) integers, 0 to M-1.
-
-        Returns:
-            (N, E).
-        """
+        """The embeddings (N, E) that codes (N, S), integers from 0 to M-1, stand for."""
         subspace = torch.arange(len(self.codewords), device=self.codewords.device)
-        return self.codewords[subspace, codes.long()].flatten(1)  # (N, S, E/S) to (N, E)
-
-    def straight_through(self, codes: Tensor, soft: Tensor) -> Tensor:
-        """Hard codes forward, soft codes backward: gradients reach `z` and every codeword by its soft weight.
-
-        Args:
-            codes: (N, S), from `encode`.
-            soft: (S, N, M), the soft codes of the same embeddings.
-
-        Returns:
-            (N, E), in value exactly `decode(codes)`.
-        """
-        mixed = (soft @ self.codewords).transpose(0, 1).flatten(1)  # (S, N, E/S) to (N, E)
-        return self.decode(codes).detach() + (mixed - mixed.detach())
+        rotated = self.codewords[subspace, codes.long()].flatten(1)  # (N, S, E/S) to (N, E)
+        with torch.autocast(rotated.device.type, enabled=False):
+            return rotated @ self.rotation.T
 
     @torch.no_grad()
     def perplexity(self, codes: Tensor) -> Tensor:
@@ -238,14 +299,18 @@ class ProductCodebook(nn.Module):
         Returns:
             A scalar from 1 (all codes equal) to M (all codewords equally often).
         """
-        subspaces, codewords, _ = self.codewords.shape
-        counts = torch.zeros(subspaces, codewords, device=codes.device)
-        counts.scatter_add_(1, codes.long().T, torch.ones_like(codes.T, dtype=counts.dtype))
-        nats: Tensor = torch.special.entr(counts / len(codes)).sum(1)  # (S,)
+        nats: Tensor = torch.special.entr(self._counted(codes) / len(codes)).sum(1)  # (S,)
         return nats.exp().mean()
 
-    def _pieces(self, z: Tensor) -> Tensor:
-        subspaces, _, width = self.codewords.shape
-        if z.ndim != 2 or z.shape[1] != subspaces * width:
-            raise SettingsError(f"found embeddings of shape {tuple(z.shape)}; expected (N, {subspaces * width})")
-        return z.reshape(-1, subspaces, width).transpose(0, 1)  # (S, N, E/S)
+    def pieces(self, z: Tensor) -> Tensor:
+        """Rotated embeddings, cut: (N, E) to (S, N, E/S)."""
+        self._check(z)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        with torch.autocast(z.device.type, enabled=False):
+            rotated = z.to(dtype) @ self.rotation.to(dtype)
+        return rotated.reshape(len(z), len(self.codewords), -1).transpose(0, 1)
+
+    def _check(self, z: Tensor) -> None:
+        dim = len(self.rotation)
+        if z.ndim != 2 or z.shape[1] != dim:
+            raise SettingsError(f"found embeddings of shape {tuple(z.shape)}; expected (N, {dim})")

@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 from featurize.shards import publish
 from train.batches import Inputs
 from train.config import ModelConfig
-from train.towers import DualEncoder
+from train.hosts import Host, build_host
+from train.towers import Dims
 
 _FILE = "state.pt"
 
@@ -30,35 +31,44 @@ class TrainState:
     """A run between two steps.
 
     Attributes:
-        model: the towers.
-        objective: the losses, with what they learn and remember (centres, margin, codebook, temperature).
+        model: the host with its towers.
+        objective: the losses, with what they learn and remember (bank, centres, margin, codebook, temperature).
         optimizer: of both.
-        average: moving average of the towers' weights, or None.
+        average: moving average of the host's weights, or None.
+        momentum: the network that makes the memory bank's keys, or None.
         fingerprint: configuration and cache identities; a checkpoint of another fingerprint is refused.
         step: steps taken.
         best: best validation rSum so far.
         best_epoch: the epoch that reached it.
-        best_weights: the (averaged) towers' weights that reached it.
+        best_weights: the (averaged) host's weights that reached it.
         stopped: whether training is over, by early stopping or at the last epoch.
+        seconds: spent so far on training and validating, restarts not counted.
     """
 
-    model: DualEncoder
+    model: Host
     objective: nn.Module
     optimizer: Optimizer
     average: AveragedModel | None
+    momentum: AveragedModel | None
     fingerprint: Mapping[str, Any]
     step: int = 0
     best: float = float("-inf")
     best_epoch: int = -1
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
+    seconds: float = 0.0
 
     @property
-    def evaluated(self) -> DualEncoder:
-        """The towers that are validated and kept: averaged, where there is an average."""
+    def evaluated(self) -> Host:
+        """The host that is validated and kept: averaged, where there is an average."""
         module = self.model if self.average is None else self.average.module
-        assert isinstance(module, DualEncoder)
+        assert isinstance(module, Host)
         return module
+
+    def followers(self) -> dict[str, AveragedModel]:
+        """The networks that follow the trained one, by name."""
+        named = {"average": self.average, "momentum": self.momentum}
+        return {name: follower for name, follower in named.items() if follower is not None}
 
     def save(self, folder: Path) -> None:
         """Write `state.pt` into an existing folder."""
@@ -68,12 +78,13 @@ class TrainState:
                 "model": self.model.state_dict(),
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "average": None if self.average is None else self.average.state_dict(),
+                **{name: follower.state_dict() for name, follower in self.followers().items()},
                 "step": self.step,
                 "best": self.best,
                 "best_epoch": self.best_epoch,
                 "best_weights": self.best_weights,
                 "stopped": self.stopped,
+                "seconds": self.seconds,
             },
             folder / _FILE,
         )
@@ -96,10 +107,11 @@ class TrainState:
         self.model.load_state_dict(saved["model"])
         self.objective.load_state_dict(saved["objective"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(saved["average"])
+        for name, follower in self.followers().items():
+            follower.load_state_dict(saved[name])
         self.step, self.best, self.best_epoch = saved["step"], saved["best"], saved["best_epoch"]
         self.best_weights, self.stopped = saved["best_weights"], saved["stopped"]
+        self.seconds = saved["seconds"]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -119,31 +131,31 @@ def save_model(
     folder: Path,
     weights: Mapping[str, Tensor],
     config: ModelConfig,
-    dims: tuple[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]],
+    dims: tuple[Dims, Dims],
     inputs: Inputs,
 ) -> None:
     """Write a model that can be opened without the cache it was trained on: `weights.safetensors`, then `model.json`.
 
     Args:
         folder: created if need be.
-        weights: of the towers.
+        weights: of the host.
         config: of the model.
-        dims: (V, (D_c, ...)) of image and of caption features.
+        dims: widths of image and of caption features.
         inputs: the columns it reads, hence the encoders a query must pass through.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
     description = {
         "model": asdict(config),
-        "image_dims": dims[0],
-        "text_dims": dims[1],
+        "image_dims": asdict(dims[0]),
+        "text_dims": asdict(dims[1]),
         "inputs": {**asdict(inputs), "dataset": str(inputs.dataset)},
     }
     publish(folder / "model.json", json.dumps(description, indent=1).encode())
 
 
-def open_model(folder: Path) -> tuple[DualEncoder, Inputs]:
-    """The saved towers, in evaluation mode, and the inputs they expect.
+def open_model(folder: Path) -> tuple[Host, Inputs]:
+    """The saved host, in evaluation mode, and the inputs they expect.
 
     Raises:
         StateError: there is no finished model in this folder.
@@ -156,11 +168,8 @@ def open_model(folder: Path) -> tuple[DualEncoder, Inputs]:
             f"{folder}: no finished model ({error}); train one, or continue with `train --resume RUN`"
         ) from error
     config = TypeAdapter(ModelConfig).validate_python(description["model"])
-    dims = TypeAdapter(tuple[int, tuple[int, ...]])
-    model = DualEncoder(
-        config,
-        dims.validate_python(description["image_dims"]),
-        dims.validate_python(description["text_dims"]),
-    )
+    dims = TypeAdapter(Dims)
+    image, text = (dims.validate_python(description[name]) for name in ("image_dims", "text_dims"))
+    model = build_host(config, image, text)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(requires_grad=False), TypeAdapter(Inputs).validate_python(description["inputs"])

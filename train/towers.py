@@ -1,16 +1,33 @@
-"""Towers: frozen features of an image or a caption become one vector of the joint space (METHODS: Towers)."""
+"""Towers: frozen features of an image or a caption become parts and one vector of the joint space (METHODS: Towers)."""
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.aggregators import NetVLAD, build_aggregator
+from train.aggregators import build_aggregator
 from train.batches import Features
-from train.config import ModelConfig, SettingsError, TowerConfig
+from train.config import SettingsError, TowerConfig
+from train.contexts import build_context
+from train.lexicon import BagOfLemmas
 from train.noise import Noise
 from train.quantize import PartCodebook
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Widths of one modality's features.
+
+    Attributes:
+        vectors: V, all vector columns together.
+        parts: D_c of each part column.
+        words: size of the vocabulary behind each bag of lemmas.
+    """
+
+    vectors: int = 0
+    parts: tuple[int, ...] = ()
+    words: tuple[int, ...] = ()
 
 
 class Standardise(nn.Module):
@@ -43,7 +60,7 @@ class Standardise(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """W x + MLP(x): a linear map with a hidden layer's correction.
+    """W x + MLP(x): a linear map with a hidden layer's correction; without a width the linear map alone.
 
     Shape: (..., D) -> (..., dim).
     """
@@ -51,51 +68,95 @@ class ResidualMLP(nn.Module):
     def __init__(self, inputs: int, width: int, dim: int, dropout: float) -> None:
         super().__init__()
         self.skip = nn.Linear(inputs, dim)
-        self.hidden = nn.Linear(inputs, width)
-        self.out = nn.Linear(width, dim)
+        self.hidden = nn.Linear(inputs, width) if width else None
+        self.out = nn.Linear(width, dim) if width else None
         self.dropout = dropout
 
     def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
         """Map; `noise` only while training."""
+        straight: Tensor = self.skip(x)
+        if self.hidden is None or self.out is None:
+            return straight
         hidden = F.gelu(self.hidden(x))
         if noise is not None:
             hidden = noise.dropout(hidden, self.dropout)
-        return self.skip(x) + self.out(hidden)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        return straight + self.out(hidden)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a tower makes of N rows before it pools.
+
+    Attributes:
+        whole: (N, E) what the branches say that see a row as a whole (vectors, bags); None without such branches.
+        parts: (N, K, E) parts in the joint part space, in their context; K = 0 without a part column.
+        mask: (N, K) bool.
+    """
+
+    whole: Tensor | None
+    parts: Tensor
+    mask: Tensor
 
 
 class Tower(nn.Module):
-    """One modality's head: a branch for vectors and a branch for parts, summed.
+    """One modality's head: branches for vectors, for bags of lemmas and for parts, summed.
 
     Args:
         config: of the tower.
         dim: E, dimensions of the joint space.
-        vector_dim: V, width of all vector columns together.
-        part_dims: D_c of each part column.
+        dims: widths of the features.
         codebook: netvlad centres shared with the other tower, or None.
+        pooled: whether parts are pooled here; a cross-attending host compares them as they are.
 
     Raises:
-        SettingsError: there is neither a vector nor a part column.
+        SettingsError: the tower reads nothing.
     """
 
     def __init__(
-        self,
-        config: TowerConfig,
-        dim: int,
-        vector_dim: int,
-        part_dims: tuple[int, ...],
-        codebook: PartCodebook | None = None,
+        self, config: TowerConfig, dim: int, dims: Dims, codebook: PartCodebook | None = None, *, pooled: bool = True
     ) -> None:
         super().__init__()
-        if not vector_dim and not part_dims:
-            raise SettingsError("a tower reads nothing: set its `vectors` or its `parts` to outputs of its encoders")
-        self.config = config
-        self.standardise_vectors = Standardise(vector_dim, signed_sqrt=config.signed_sqrt)
-        self.standardise_parts = nn.ModuleList(Standardise(d, signed_sqrt=config.signed_sqrt) for d in part_dims)
-        self.vectors = ResidualMLP(vector_dim, config.width, dim, config.dropout) if vector_dim else None
-        self.parts = nn.ModuleList(ResidualMLP(d, config.width, dim, config.dropout) for d in part_dims)
+        if not dims.vectors and not dims.parts and not dims.words:
+            raise SettingsError(
+                "a tower reads nothing: set its `vectors`, `parts` or `bags` to outputs of its encoders"
+            )
+        self.config, self.dim = config, dim
+        rooted = config.signed_sqrt
+        self.standardise_vectors = Standardise(dims.vectors, signed_sqrt=rooted)
+        self.standardise_parts = nn.ModuleList(Standardise(d, signed_sqrt=rooted) for d in dims.parts)
+        self.vectors = ResidualMLP(dims.vectors, config.width, dim, config.dropout) if dims.vectors else None
+        self.bags = nn.ModuleList(BagOfLemmas(words, dim, config.bag_dropout) for words in dims.words)
+        self.parts = nn.ModuleList(ResidualMLP(d, config.part_width, dim, config.dropout) for d in dims.parts)
+        self.context = build_context(config.context, dim, config.layers, config.heads) if dims.parts else None
         self.aggregator = (
-            build_aggregator(config.aggregator, dim, config.heads, config.clusters, codebook) if part_dims else None
+            build_aggregator(config.aggregator, dim, config.heads, config.clusters, codebook)
+            if dims.parts and pooled
+            else None
         )
+
+    def encode(self, features: Features, noise: Noise | None) -> Encoded:
+        """Everything but pooling; `noise` only while training."""
+        whole = self._whole(features, noise)
+        if not self.parts:
+            rows = len(features.vectors)
+            device = features.vectors.device
+            nothing = torch.zeros(rows, 0, self.dim, device=device)
+            return Encoded(whole, nothing, torch.zeros(rows, 0, dtype=torch.bool, device=device))
+        parts, mask = self.project_parts(features, noise)
+        return Encoded(whole, parts if self.context is None else self.context(parts, mask), mask)
+
+    def pool(self, encoded: Encoded, mask: Tensor | None = None) -> Tensor:
+        """Embed N rows, (N, E), before any normalisation.
+
+        Args:
+            encoded: what `encode` gave.
+            mask: (N, K) parts to pool; all real ones if None.
+        """
+        if self.aggregator is None:
+            assert encoded.whole is not None
+            return encoded.whole
+        pooled: Tensor = self.aggregator(encoded.parts, encoded.mask if mask is None else mask)
+        return pooled if encoded.whole is None else encoded.whole + pooled
 
     def project_parts(self, features: Features, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         """Parts of all columns in the joint part space, end to end: (N, K, E) and their mask (N, K)."""
@@ -107,19 +168,16 @@ class Tower(nn.Module):
             projected.append(project(x, noise))
         return torch.cat(projected, 1), torch.cat(features.masks, 1)
 
-    def forward(self, features: Features, noise: Noise | None) -> Tensor:
-        """Embed N rows, (N, E), before any normalisation."""
-        total: Tensor | None = None
+    def _whole(self, features: Features, noise: Noise | None) -> Tensor | None:
+        told: list[Tensor] = []
         if self.vectors is not None:
             x = self.standardise_vectors(features.vectors)  # (N, V)
             if noise is not None:
                 x = noise.dropout(x, self.config.input_dropout)
-            total = self.vectors(x, noise)
-        if self.aggregator is not None:
-            pooled = self.aggregator(*self.project_parts(features, noise))
-            total = pooled if total is None else total + pooled
-        assert total is not None
-        return total
+            told.append(self.vectors(x, noise))
+        for bag, ids, mask in zip(self.bags, features.bags, features.bag_masks, strict=True):
+            told.append(bag(ids, mask, noise))
+        return torch.stack(told).sum(0) if told else None
 
     def fit_inputs(self, features: Features) -> None:
         """Take the statistics of training rows."""
@@ -128,60 +186,3 @@ class Tower(nn.Module):
         for standardise, part, mask in zip(self.standardise_parts, features.parts, features.masks, strict=True):
             assert isinstance(standardise, Standardise)
             standardise.fit(part[mask])
-
-
-class DualEncoder(nn.Module):
-    """Two towers and one space: the `vse` host.
-
-    Args:
-        config: of the model.
-        image_dims: (V, (D_c, ...)) of the image features.
-        text_dims: the same of the caption features.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        image_dims: tuple[int, tuple[int, ...]],
-        text_dims: tuple[int, tuple[int, ...]],
-    ) -> None:
-        super().__init__()
-        self.config = config
-        codebook = PartCodebook(config.image.clusters, config.dim) if config.shared_codebook else None
-        self.image = Tower(config.image, config.dim, *image_dims, codebook)
-        self.text = Tower(config.text, config.dim, *text_dims, codebook)
-
-    def _finish(self, embedding: Tensor) -> Tensor:
-        return F.normalize(embedding.float(), dim=-1) if self.config.normalise else embedding.float()
-
-    def embed_images(self, features: Features, noise: Noise | None = None) -> Tensor:
-        """(N, E) float32; unit vectors where the model normalises."""
-        return self._finish(self.image(features, noise))
-
-    def embed_texts(self, features: Features, noise: Noise | None = None) -> Tensor:
-        """(N, E) float32; unit vectors where the model normalises."""
-        return self._finish(self.text(features, noise))
-
-    def forward(self, image: Features, text: Features, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """Both embeddings of a batch of pairs."""
-        return self.embed_images(image, noise), self.embed_texts(text, noise)
-
-    def fit_inputs(self, image: Features, text: Features) -> None:
-        """Take statistics of training rows of both modalities, then place netvlad centres among their parts."""
-        sides = [(self.image, image), (self.text, text)]
-        for tower, features in sides:
-            tower.fit_inputs(features)
-        samples: dict[NetVLAD, Tensor] = {}
-        for tower, features in sides:
-            if isinstance(tower.aggregator, NetVLAD):
-                parts, mask = tower.project_parts(features)
-                samples[tower.aggregator] = parts[mask]
-        if self.config.shared_codebook:
-            next(iter(samples)).initialise(torch.cat(list(samples.values())))
-        else:
-            for aggregator, sample in samples.items():
-                aggregator.initialise(sample)
-
-    def mean_of_views(self, views: Iterable[Tensor]) -> Tensor:
-        """One embedding (N, E) of images from those of their views."""
-        return self._finish(torch.stack(list(views)).mean(0))

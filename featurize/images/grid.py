@@ -1,15 +1,23 @@
 """The encoder around every network that describes an image by a grid of cells and one pooled vector."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from featurize.encoder import JSON, Card, EncoderError, Output, Precision, freeze, frozen_forward, usable_precision
 from featurize.images.preprocessing import Preprocessing
 
+COARSE = 3
+"""Cells on a side of the coarse grid: few enough to compare every one with every word of every caption."""
+
 
 class GridEncoder:
-    """An `ImageEncoder` with the outputs "grid" (N, D), cells row by row, and "pooled" (D,).
+    """An `ImageEncoder` with the outputs "grid" (N, D), cells row by row, "coarse" (9, D) and "pooled" (D,).
+
+    Coarse is the grid averaged into 3 by 3 cells; a smaller grid, or one of images that are not square, has none.
 
     Args:
         name: the card's name.
@@ -60,13 +68,13 @@ class GridEncoder:
         return self._preprocessing.pixels(image)
 
     def encode(self, batch: Tensor) -> dict[str, Tensor]:
-        """Grid and pooled vector of each image.
+        """Grid, coarse grid and pooled vector of each image.
 
         Args:
             batch: (B, 3, H, W) uint8, rows made by `prepare`.
 
         Returns:
-            "grid" (B, N, D) and "pooled" (B, D), float32 on the CPU.
+            "grid" (B, N, D), "coarse" (B, 9, D) where there is one, and "pooled" (B, D), float32 on the CPU.
 
         Raises:
             EncoderError: the batch has another dtype or number of axes.
@@ -79,7 +87,12 @@ class GridEncoder:
             images = batch.to(self._device).to(torch.float32, memory_format=torch.channels_last)
             images.sub_(self._mean).div_(self._std)
             grid, pooled = self._network(images)  # (B, N, D), (B, D)
-            return {"grid": grid.cpu().float(), "pooled": pooled.cpu().float()}
+            outputs = {"grid": grid.cpu().float(), "pooled": pooled.cpu().float()}
+        side = math.isqrt(grid.shape[1])
+        if side >= COARSE and side * side == grid.shape[1] and batch.shape[2] == batch.shape[3]:
+            square = outputs["grid"].mT.unflatten(2, (side, side))  # (B, D, side, side)
+            outputs["coarse"] = F.adaptive_avg_pool2d(square, COARSE).flatten(2).mT
+        return outputs
 
 
 def cells(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Frozen networks that describe captions, opened by a reference such as "minilm"."""
+"""What describes captions, frozen networks and a lexicon, opened by a reference such as "minilm"."""
 
 from featurize.encoder import EncoderError, Precision, TextEncoder
 
@@ -7,20 +7,25 @@ def open_text_encoder(reference: str, precision: Precision = "bfloat16", device:
     """Opens a frozen text encoder.
 
     Args:
-        reference: "minilm" (all-MiniLM-L6-v2, installed with the project), or
-            "transformers:FOLDER-OR-HUB-NAME", see `featurize.texts.tokens`.
+        reference: "minilm" (all-MiniLM-L6-v2, installed with the project),
+            "transformers:FOLDER-OR-HUB-NAME", see `featurize.texts.tokens`, or
+            "lexicon" (English) or "lexicon:LANGUAGE", see `featurize.texts.lexicon`.
         precision: of the forward pass. Where the device has no bfloat16 it is float32; the card tells.
         device: where the network runs, e.g. "cpu", "cuda".
 
     Raises:
-        EncoderError: unknown reference, or a checkpoint that cannot be used.
+        EncoderError: unknown reference or language, or a checkpoint that cannot be used.
         EncoderError: a checkpoint that is neither stored nor reachable; the message says what to do.
     """
+    if reference == "lexicon" or reference.startswith("lexicon:"):
+        from featurize.texts.lexicon import LexiconEncoder, language_of
+
+        return LexiconEncoder(language_of(reference))
     if reference != "minilm" and not reference.startswith("transformers:"):
-        nearest = "transformers:" if reference.startswith("t") else "minilm"
+        nearest = {"t": "transformers:", "l": "lexicon"}.get(reference[:1], "minilm")
         raise EncoderError(
-            f"unknown text encoder {reference!r}, the nearest is {nearest!r}; expected minilm or "
-            "transformers:FOLDER-OR-HUB-NAME"
+            f"unknown text encoder {reference!r}, the nearest is {nearest!r}; expected minilm, "
+            "lexicon[:LANGUAGE] or transformers:FOLDER-OR-HUB-NAME"
         )
     from featurize.texts.tokens import open_tokens
 

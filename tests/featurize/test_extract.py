@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from featurize.cache import CacheError, index, open_column, read_manifest
+from featurize.cache import CacheError, index, open_column, read_manifest, verify
 from featurize.config import FeaturizeConfig, ScenesConfig
 from featurize.datasets.sample import Sample
 from featurize.datasets.scenes import read_scenes
@@ -182,8 +182,9 @@ def test_another_network_under_the_same_name_is_refused(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
-        (("regions",), (), "encoder 'efficientnet-lite0' has no output 'regions'; it has grid, pooled"),
-        ((), ("words",), "encoder 'minilm' has no output 'words'"),
+        (("regions",), (), r"no image encoder gives 'regions'; the run has efficientnet-lite0 \(grid, pooled"),
+        ((), ("words",), r"no text encoder gives 'words'; the run has minilm \(tokens, sentence\)"),
+        (("efficientnet-lite0.regions",), (), "encoder 'efficientnet-lite0' has no output 'regions'; it has grid, poo"),
         (("vit.pooled",), (), "no image encoder gives 'vit.pooled'; the run has efficientnet-lite0"),
     ],
 )
@@ -202,6 +203,30 @@ def test_an_output_of_one_encoder_alone(pictures, tmp_path):
         "efficientnet-lite1.pooled",
         "efficientnet-lite1.grid",
     ]
+
+
+def test_an_output_that_is_named_twice_is_one_column(pictures, tmp_path):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    assert len(plan(dataset, CONFIG, (), ("minilm.sentence", "sentence"))) == 1
+
+
+def test_each_encoder_gives_what_it_has_and_words_are_whole_numbers(pictures, tmp_path, ray_local):
+    wordless = replace(pictures[4], captions=("?!", "A dog's dogs"))  # the first row of the second shard
+    dataset = index([*pictures[:4], wordless], "scenes", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, texts=("minilm", "lexicon"))
+    columns = plan(dataset, config, (), ("sentence", "lemmas"))
+    assert [column.name for column in columns] == ["minilm.sentence", "lexicon-en.lemmas"]
+    assert [column.ingredients["dtype"] for column in columns] == ["float16", "int32"]
+    featurize(dataset, config, columns)
+    lemmas = open_column(dataset, "lexicon-en.lemmas", columns[1].id)
+    assert (lemmas.dtype, lemmas.shape, lemmas.rows) == (np.int32, (), len(dataset.captions))
+    assert read_manifest(columns[1].folder).dtype == "int32"
+    ids, mask = lemmas.gather_padded(np.arange(lemmas.rows))
+    assert [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)] == text_encoder(
+        "lexicon", "float32"
+    ).prepare(dataset.captions)
+    assert mask.sum(1).tolist()[-2:] == [0, 3]
+    assert not list(verify(dataset.folder))
 
 
 def test_identity_follows_what_changes_the_features(pictures, tmp_path):

@@ -59,6 +59,20 @@ def test_ragged_rows_are_padded_and_masked(tmp_path):
 
 
 @webdataset_leaves_files_open
+def test_ragged_rows_of_whole_numbers(tmp_path):
+    rows = [np.array(row, np.int32) for row in ([], [5, 2**31 - 1], [7], [], [1] * 200)]
+    write_shard(tmp_path / "000000.tar", [row_key("id", k) for k in range(5)], rows, ragged=True)
+    column = Column("lemmas", tmp_path, [5], ragged=True)
+    assert (column.dtype, column.shape) == (np.int32, ())
+    assert [column.shards[0].key(row) for row in range(5)] == [f"id~{row}" for row in range(5)]
+    padded, mask = column.gather_padded(np.array([4, 3, 1, 0]))
+    assert padded.shape == (4, 200)
+    assert [row[kept].tolist() for row, kept in zip(padded, mask, strict=True)] == [[1] * 200, [], [5, 2**31 - 1], []]
+    samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
+    assert [sample["npy"].tolist() for sample in samples] == [row.tolist() for row in rows]
+
+
+@webdataset_leaves_files_open
 def test_plain_webdataset_reads_a_shard(tmp_path):
     _, values = make_column(tmp_path, [5])
     samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())

@@ -34,12 +34,22 @@ class Stages(SimpleNamespace):
 
     def __init__(self, **answers):
         super().__init__(calls=[])
-        for name in ("run", "featurize", "train", "resume", "evaluate", "search", "cache_ls", "cache_verify"):
+        for name in (
+            "run",
+            "featurize",
+            "train",
+            "resume",
+            "evaluate",
+            "search",
+            "compare",
+            "cache_ls",
+            "cache_verify",
+        ):
             setattr(self, name, self._recorder(name, answers.get(name)))
 
     def _recorder(self, name, answer):
-        def call(*arguments):
-            self.calls.append((name, *arguments))
+        def call(*arguments, **options):
+            self.calls.append((name, *arguments, *([options] if options else [])))
             return answer(*arguments) if callable(answer) else answer
 
         return call
@@ -86,7 +96,7 @@ def test_help_answers_within_a_second_and_reads_as_a_start():
     assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 1  # CPU seconds; 0.15 when written
     assert done.returncode == 0
     assert done.stderr == ""
-    for word in ("featurize", "train", "evaluate", "search", "cache", "submit", "scenes"):
+    for word in ("featurize", "train", "evaluate", "search", "compare", "cache", "submit", "scenes"):
         assert word in done.stdout
     assert done.stdout.count("  python -m pipeline ") == 5
     assert max(map(len, done.stdout.splitlines())) <= 110
@@ -106,10 +116,10 @@ def test_run_s_help_lists_every_method_and_setting(capsys):
         main(["run", "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    joined = " ".join(text.split())
+    joined = " ".join(text.split()).replace("- ", "-")  # lines may be broken behind a hyphen
     for key in keys(RunConfig()):
         assert f"--{key.name} {key.type}" in joined
-        assert f"{key.help}; default {key.value or 'empty'}" in joined
+        assert f"{key.help}; default {key.value or 'empty'}".replace("- ", "-") in joined
         assert f"{key.section}:" in text
     for name, recipe in RECIPES.items():
         assert f"\n  {name}\n" in text
@@ -125,7 +135,8 @@ def test_run_s_help_lists_every_method_and_setting(capsys):
         ("featurize", ["METHOD", "--config", "run --help"]),
         ("train", ["METHOD", "--resume RUN", "latest"]),
         ("evaluate", ["RUN", "--split", "--protocol", "--runs DIR"]),
-        ("search", ["QUERY", "--k", "--page", "HTML"]),
+        ("search", ["QUERY", "--k", "--page", "HTML", "--corrected"]),
+        ("compare", ["RUN", "--runs DIR", "compared with"]),
         ("cache", ["ls", "verify", "default cache"]),
         ("submit", ["--address", "--python", "--no-wait", "http://127.0.0.1:8265", "RAY_AUTH_MODE", "Ctrl-C"]),
     ],
@@ -290,13 +301,15 @@ def test_resume_evaluate_and_search_find_their_run(stages, run_folder):
     assert main(["evaluate", str(run_folder), "--split", "test", "--protocol", "coco"]) == 0
     assert main(["evaluate", "one", *runs]) == 0
     assert main(["search", "one", "two dogs", "cat.jpg", "--k", "3", "--page", "found.html", *runs]) == 0
-    assert main(["search", "latest", "a", *runs]) == 0
+    assert main(["search", "latest", "a", "--corrected", *runs]) == 0
+    assert main(["compare", "one", str(run_folder), *runs]) == 0
     assert fake.calls == [
         ("resume", run_folder),
         ("evaluate", run_folder, "test", "coco"),
         ("evaluate", run_folder, None, None),
-        ("search", run_folder, ["two dogs", "cat.jpg"], 3, Path("found.html")),
-        ("search", run_folder, ["a"], 5, None),
+        ("search", run_folder, ["two dogs", "cat.jpg"], 3, Path("found.html"), {"corrected": False}),
+        ("search", run_folder, ["a"], 5, None, {"corrected": True}),
+        ("compare", [run_folder, run_folder]),
     ]
 
 

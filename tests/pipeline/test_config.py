@@ -102,7 +102,10 @@ def test_an_empty_section_changes_nothing():
             {"featurize.precision": "float8"},
             "here: featurize.precision: found 'float8', expected bfloat16|float32",
         ),
-        ({"featurize.views": "flop"}, "here: featurize.views: found 'flop', expected plain|flip|crop,..."),
+        (
+            {"featurize.views": "flop"},
+            "here: featurize.views: found 'flop', expected plain|flip|crop|crop2|crop3|crop4,...",
+        ),
         ({"featurize.images": 3}, "here: featurize.images: found 3, expected text,text,..."),
         ({"ray": "auto"}, "here: ray: found 'auto', expected keys below it (ray.address, ray.cpus, "),
         ({"ray.cpus": -1}, "here: ray.cpus: found -1, expected 0 (all) or more"),
@@ -119,7 +122,7 @@ def test_refusals_name_the_key_what_was_found_and_what_was_expected(changes, mes
 def test_advice_prefers_the_place_in_the_tree():
     names = [key.name for key in keys(RunConfig())]
     assert did_you_mean("lr", names, "--") == "did you mean --train.lr?"
-    assert did_you_mean("margin.form", names) == "did you mean train.objective.hinge.margin.form?"
+    assert did_you_mean("center.rate", names) == "did you mean train.objective.center.rate?"
     assert did_you_mean("zzz", names) == ""
     assert did_you_mean("warmup", names) == "did you mean train.warmup or train.objective.hinge.warmup?"
 

@@ -91,6 +91,28 @@ def test_paths_become_absolute_and_uris_stay(tmp_path, monkeypatch):
     assert absolute(RunConfig()).cache == str(tmp_path / "cache")
 
 
+def test_encoders_in_files_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dino").mkdir()
+    (tmp_path / "resnet.pth").touch()
+    images = (
+        "torchvision:resnet50@resnet.pth",
+        "torchvision:resnet50@default",
+        "transformers:dino",
+        "efficientnet-lite0",
+    )
+    texts = ("transformers:dino", "transformers:BAAI/bge-small-en", "minilm")
+    changed = absolute(merge(RunConfig(), {"featurize.images": images, "featurize.texts": texts}, "")).featurize
+    here = str(tmp_path)
+    assert changed.images == (
+        f"torchvision:resnet50@{here}/resnet.pth",
+        images[1],
+        f"transformers:{here}/dino",
+        images[3],
+    )
+    assert changed.texts == (f"transformers:{here}/dino", *texts[1:])
+
+
 def test_what_is_sent(client, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///m.db")

@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
+from evaluate.hubness import HubnessCorrection
 from evaluate.search import Searcher
+from evaluate.tune import SHARES
 from pipeline.__main__ import main
 from pipeline.config import RunConfig, load_yaml, merge
 
@@ -65,6 +69,102 @@ def test_mlflow_holds_the_whole_run(place, done):
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"scenes-train", "scenes-val"}
     artifacts = {file.path for file in client(place).list_artifacts(known["run_id"])}
     assert artifacts == {"checkpoint", "config.yaml", "metrics.json", "report.html"}
+
+
+def test_hubness_is_corrected_beside_the_plain_score(place, done, capsys):
+    plain, corrected = (json.loads((done / f"metrics{name}.json").read_text()) for name in ("", "-corrected"))
+    assert plain["rsum"] != corrected["rsum"]
+    run = client(place).get_run(json.loads((done / "mlflow.json").read_text())["run_id"])
+    assert run.data.metrics["corrected/rsum"] == pytest.approx(corrected["rsum"])
+    assert "corrected for hubness" in (done / "report.html").read_text("utf-8")
+    assert type_in("evaluate", done) == 0
+    assert f"corrected for hubness: rSum {corrected['rsum']:.1f}" in capsys.readouterr().out
+    again = json.loads((done / "metrics-val-corrected.json").read_text())
+    assert again["rsum"] == pytest.approx(corrected["rsum"])
+
+
+def test_a_corrected_search_sets_hubs_back(done):
+    searcher = Searcher.open(done)
+    query = searcher.embed_texts(["a red ball"])
+    vectors = torch.from_numpy(searcher.index.vectors.copy())
+    bias = HubnessCorrection.open(done / "model" / "hubness.safetensors").bias(vectors, "images")
+    order = (-(query - vectors).square().sum(1) / 2 - bias).argsort(descending=True)[:5]
+    hits = searcher.search("a red ball", k=5, corrected=True)
+    items = searcher.index.items["item"]
+    assert [hit.sample.image_id for hit in hits] == [items[int(row)] for row in order]
+
+
+def test_without_training_queries_there_is_no_correction(place, done, capsys):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "plain")
+    assert type_in("run", "less", *arguments, *SMALL, "--evaluate.hubness.queries", "0") == 0
+    assert not (place / "runs" / "plain" / "metrics-corrected.json").exists()
+    assert type_in("search", place / "runs" / "plain", "a red ball", "--corrected") == 2
+    assert "no hubness correction" in capsys.readouterr().err
+
+
+def test_runs_are_compared(place, done, capsys):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "reseeded", "--train.seed", "1")
+    assert type_in("run", "less", *arguments, *SMALL) == 0
+    capsys.readouterr()
+    assert type_in("compare", done, place / "runs" / "reseeded", done) == 0
+    *_, first, second, same = capsys.readouterr().out.splitlines()
+    metrics = json.loads((done / "metrics.json").read_text())
+    numbers = [metrics[d][k] for d in ("i2t", "t2i") for k in ("r1", "r5", "r10")]
+    assert [float(number) for number in first.split()[1:7]] == [pytest.approx(number, abs=0.051) for number in numbers]
+    assert f"{metrics['rsum']:.1f} (" in first
+    assert ", p " in second
+    assert "+0.0 (+0.0 to +0.0, p 1.000)" in same
+    assert type_in("compare", done, place / "cache") == 2
+
+
+def test_an_unfinished_run_cannot_be_compared(done, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((done / "config.yaml").read_text())
+    assert type_in("compare", done, tmp_path) == 2
+    assert "no hits.npz of a finished run" in capsys.readouterr().err
+
+
+def test_what_training_took_is_kept(done):
+    took = json.loads((done / "training.json").read_text())
+    assert took["steps"] == 2 * 7  # 200 captions in batches of at most 32
+    assert took["epoch"] in (1, 2)
+    assert took["seconds"] > 0
+    weights = load_file(done / "model" / "weights.safetensors")
+    fitted = {"mean", "scale", "ids", "idf"}
+    learned = [value for name, value in weights.items() if name.rpartition(".")[2] not in fitted]
+    assert took["parameters"] == sum(value.numel() for value in learned)
+
+
+@pytest.fixture(scope="module", params=["hier", "sede-vse", "sede-scan", "sede-vsrn", "vse++", "siglip", "fusemix"])
+def other(place, done, request):
+    """One finished run of every method that has a state or a host of its own."""
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", request.param)
+    assert type_in("run", request.param, *arguments, *SMALL) == 0
+    return place / "runs" / request.param
+
+
+def test_every_method_runs_and_is_measured_again(other, capsys):
+    metrics = json.loads((other / "metrics.json").read_text())
+    assert 0 < metrics["rsum"] <= 600
+    page = (other / "report.html").read_text("utf-8")
+    assert page.count("data:image/jpeg;base64,") >= 20
+    assert type_in("evaluate", other) == 0
+    assert json.loads((other / "metrics-val.json").read_text())["rsum"] == pytest.approx(metrics["rsum"])
+    capsys.readouterr()
+    code = type_in("search", other, "a red ball", "--k", "2")
+    out = capsys.readouterr()
+    if other.name == "sede-scan":
+        assert code == 2
+        assert "there is no vector to index or to search" in out.err
+    else:
+        assert code == 0
+        assert len([line for line in out.out.splitlines() if line.startswith("    ")]) == 2
+
+
+def test_the_local_share_is_tuned_and_stored(place, done):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "shared")
+    assert type_in("run", "hier", *arguments, *SMALL, "--train.model.local.share", "0.999") == 0
+    weights = load_file(place / "runs" / "shared" / "model" / "weights.safetensors")
+    assert float(weights["share"]) in [pytest.approx(share) for share in SHARES]
 
 
 def test_the_page_shows_pictures_and_numbers(done):

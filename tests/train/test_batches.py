@@ -9,16 +9,26 @@ import pytest
 import torch
 
 from featurize.cache import CacheError
+from featurize.texts.lexicon import lemma_id
 from train.batches import (
     FeatureReader,
     Schedule,
     compares_captions,
     epoch_order,
     prefetch,
+    reads_labels,
     wanted_outputs,
     worker_slices,
 )
-from train.config import HingeConfig, MarginConfig, ObjectiveConfig, TowerConfig
+from train.config import (
+    CenterConfig,
+    HingeConfig,
+    LocalLossConfig,
+    MarginConfig,
+    ObjectiveConfig,
+    SettingsError,
+    TowerConfig,
+)
 
 OWNER = np.repeat(np.arange(50), 1 + np.arange(50) % 5)
 
@@ -96,6 +106,106 @@ def test_parts_come_with_masks(tiny_cache, tiny_config):
     assert not batch.text.parts[0][~batch.text.masks[0]].any()
     assert reader.image_dims == (0, (6,))
     assert reader.text_dims == (16, (10,))
+
+
+def test_bags_come_with_masks(tiny_cache, tiny_config):
+    model = replace(tiny_config.model, text=TowerConfig(vectors=(), bags=("lemmas",)))
+    reader = FeatureReader(tiny_cache.inputs(replace(tiny_config, model=model)))
+    captions = tiny_cache.dataset.captions
+    text = reader.batch(np.array([5, 0]), np.zeros(2, np.int64)).text
+    assert text.vectors.shape == (2, 0)
+    assert text.parts == ()
+    for row, ids, mask in zip([5, 0], text.bags[0], text.bag_masks[0], strict=True):
+        assert ids[mask].tolist() == [lemma_id(word) for word in captions[row].split()]
+    assert text.bags[0].dtype == torch.int64
+    assert reader.text_dims == (0, ())
+
+
+def test_vocabularies_are_of_the_split(tiny_cache, tiny_config):
+    model = replace(tiny_config.model, text=TowerConfig(bags=("lemmas",)))
+    reader = FeatureReader(tiny_cache.inputs(replace(tiny_config, model=model)))
+    (vocabulary,) = reader.vocabularies("train", 5, 3)
+    # Each of the 120 captions is "caption <k> of image <n>"; k = 0 in 48, 1 in 36.
+    assert set(vocabulary.ids.tolist()) == {lemma_id(word) for word in ("caption", "of", "image", "0", "1")}
+    assert sorted(vocabulary.idf.tolist())[:3] == [1, 1, 1]
+    (rare,) = reader.vocabularies("train", 1000, 1)
+    held = {lemma_id(word) for word in ("caption", "of", "image", *map(str, range(48)))}
+    assert set(rare.ids.tolist()) == held
+    assert FeatureReader(tiny_cache.inputs(tiny_config)).vocabularies("train", 5, 3) == ()
+
+
+def test_labels_are_the_content_words_of_an_images_captions(tiny_cache, tiny_config):
+    reader = FeatureReader(tiny_cache.inputs(tiny_config))
+    labels, idf = reader.labels("train", 1000)
+    words = ("caption", "image", *map(str, range(48)))  # "of" says nothing
+    place = {word: k for k, word in enumerate(sorted(words, key=lemma_id))}
+    assert labels.shape == (48, len(words))
+    assert (labels.dtype, idf.dtype) == (torch.uint8, torch.float32)
+    for image in range(48):
+        said = {"caption", "image", str(image), *map(str, range(1 + image % 4))}
+        assert labels[image, place["caption"]] == 1 + image % 4  # once in each
+        assert labels[image].nonzero().flatten().tolist() == sorted(place[word] for word in said)
+    assert idf[place["caption"]] == 1
+    assert reader.labels("train", 3)[0].shape == (48, 3)
+
+
+def test_labels_follow_the_rows_of_the_split(tiny_cache, tiny_config):
+    reader = FeatureReader(tiny_cache.inputs(tiny_config))
+    reader.missing = np.array([0, 50])  # undecoded
+    images, _ = reader.split("val")
+    labels, _ = reader.labels("val", 1000)
+    assert labels.shape[0] == len(images) == 23
+    # "caption" and "image" in all, then the image's own number and those of its captions: 48 + k has 1 + k % 4
+    assert labels.count_nonzero(1).tolist() == [2 + 1 + 1 + image % 4 for image in images]
+
+
+def test_labels_need_a_lexicon(tiny_cache, tiny_config):
+    inputs = replace(tiny_cache.inputs(tiny_config), lemmas=None)
+    with pytest.raises(
+        SettingsError, match=r"this run reads none: add lexicon \(English\) or lexicon:LANGUAGE to --fea"
+    ):
+        FeatureReader(inputs).labels("train", 10)
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        (TowerConfig(vectors=(), bags=("tokens",)), r"words\.tokens holds vectors: a tower reads lemmas by its `bags`"),
+        (
+            TowerConfig(vectors=(), parts=("lemmas",)),
+            r"lexicon-en\.lemmas holds lemma ids: .*everything else by `vectors",
+        ),
+        (TowerConfig(vectors=("lemmas",)), r"lexicon-en\.lemmas holds lemma ids"),
+    ],
+)
+def test_words_and_vectors_are_not_mixed_up(tiny_cache, tiny_config, tower, message):
+    config = replace(tiny_config, model=replace(tiny_config.model, text=tower))
+    with pytest.raises(SettingsError, match=message):
+        FeatureReader(tiny_cache.inputs(config))
+
+
+def test_only_captions_have_words(tiny_config):
+    model = replace(tiny_config.model, image=TowerConfig(bags=("lemmas",)))
+    with pytest.raises(SettingsError, match=r"model.image.bags: found \('lemmas',\), expected none: only captions"):
+        wanted_outputs(replace(tiny_config, model=model))
+
+
+def test_losses_that_read_labels_want_lemmas(tiny_config):
+    plain = tiny_config.objective
+    assert not reads_labels(plain)
+    assert not reads_labels(replace(plain, center=CenterConfig(weight=0.0, concept="lexical")))
+    assert not reads_labels(replace(plain, center=CenterConfig(weight=1.0, concept="image")))
+    for objective in (
+        replace(plain, center=CenterConfig(weight=1.0, concept="lexical")),
+        replace(plain, local=LocalLossConfig(weight=1.0)),
+    ):
+        assert reads_labels(objective)
+        assert wanted_outputs(replace(tiny_config, objective=objective))[1] == ("sentence", "lemmas")
+    text = TowerConfig(vectors=("sentence",), bags=("lemmas",))
+    assert wanted_outputs(replace(tiny_config, model=replace(tiny_config.model, text=text)))[1] == (
+        "sentence",
+        "lemmas",
+    )
 
 
 def test_margins_that_compare_captions_read_sentences(tiny_cache, tiny_config):

@@ -10,27 +10,74 @@ import pytest
 import torch
 
 from evaluate.embed import embed_split
-from evaluate.protocols import evaluate_full
+from evaluate.protocols import evaluate_host
 from train.batches import FeatureReader, Inputs
 from train.config import (
+    BankConfig,
     CenterConfig,
+    ErasingConfig,
     HingeConfig,
+    InfoNCEConfig,
+    LocalConfig,
+    LocalLossConfig,
     MarginConfig,
     ObjectiveConfig,
     QuantizationConfig,
+    ScanConfig,
+    SettingsError,
     TowerConfig,
 )
 from train.fit import LocalCheckpoints, fit
-from train.loop import DivergenceError, Work, learning_rate, start, train_worker
+from train.loop import DivergenceError, Work, _follow, learning_rate, start, train_worker
 from train.state import StateError, open_model, read_state
+from train.targets import Targets
 
 LESS = ObjectiveConfig(
     ranking="hinge",
     hinge=HingeConfig(margin=MarginConfig(form="C")),
     center=CenterConfig(weight=0.1),
-    quantization=QuantizationConfig(weight=0.1, subspaces=4, codewords=8),
+    quantization=QuantizationConfig(weight=0.1, start=0.1, subspaces=4, codewords=4, rank_codes=0.5),
     weighting="uncertainty",
 )
+
+
+TOWER = {"vectors": (), "width": 32, "input_dropout": 0.1, "dropout": 0.1, "heads": 2}
+GRID = TowerConfig(parts=("one.grid",), **TOWER)
+TOKENS = TowerConfig(parts=("tokens",), **TOWER)
+SEDE = ObjectiveConfig(
+    ranking="infonce",
+    infonce=InfoNCEConfig(hardness=2.0),
+    bank=BankConfig(size=30, momentum=0.9),  # neither a multiple of the batch nor a part of it
+    erasing=ErasingConfig(weight=0.5),
+)
+
+METHODS = ["less", "hier", "sede-vse", "sede-scan", "sede-vsrn", "mixup"]
+
+
+def method_config(config, method):
+    """A small run with all that the method adds to the state."""
+    both = replace(config.model, image=GRID, text=TOKENS)
+    match method:
+        case "less":
+            return replace(config, objective=LESS)
+        case "hier":
+            bags = replace(TOKENS, bags=("lemmas",), vocabulary=32)
+            model = replace(both, text=bags, local=LocalConfig(dim=8, queries=2))
+            center = CenterConfig(weight=0.1, concept="cluster", concepts=5, form="batch")
+            objective = ObjectiveConfig(local=LocalLossConfig(weight=1.0, vocabulary=16), center=center)
+            return replace(config, model=model, objective=objective)
+        case "sede-vse":
+            return replace(config, model=both, objective=SEDE)
+        case "sede-scan":
+            return replace(config, model=replace(both, host="scan", scan=ScanConfig(words=4)), objective=SEDE)
+        case "sede-vsrn":
+            reasoning = replace(GRID, context="graph", aggregator="memory")
+            bigru = replace(TOKENS, context="bigru")
+            center = CenterConfig(weight=0.1, concept="lexical")
+            return replace(
+                config, model=replace(both, image=reasoning, text=bigru), objective=replace(SEDE, center=center)
+            )
+    return replace(config, mixup=0.5, objective=ObjectiveConfig(ranking="siglip", bank=BankConfig(size=30)))
 
 
 @dataclass
@@ -40,7 +87,8 @@ class Validate:
     inputs: Inputs
 
     def __call__(self, model):
-        return evaluate_full(*embed_split(model, FeatureReader(self.inputs), "val"), split="val").as_flat()
+        embedded = embed_split(model, FeatureReader(self.inputs), "val")
+        return evaluate_host(model, *embedded, split="val", protocol="full", tile=1024).as_flat()
 
 
 @dataclass
@@ -85,17 +133,25 @@ def last_state(folder):
 
 def assert_same_state(one, two, tolerance=0.0):
     assert one["step"] == two["step"]
-    for part in ("model", "objective", "average", "best_weights"):
+    assert one.keys() == two.keys()
+    for part in {"model", "objective", "average", "momentum", "best_weights"} & one.keys():
         assert one[part].keys() == two[part].keys()
         for name, value in one[part].items():
             torch.testing.assert_close(value, two[part][name], atol=tolerance, rtol=tolerance, msg=f"{part}.{name}")
 
 
+def untrained(work):
+    """rSum before the first step."""
+    reader = FeatureReader(work.inputs)
+    targets = Targets.of(reader, "train", work.config.objective, work.config.seed)
+    return work.validate(start(work, reader, targets, torch.device("cpu")).evaluated.eval())["rsum"]
+
+
 def test_heads_learn(tiny_cache, tiny_config, tmp_path):
     work = make_work(tiny_cache, replace(tiny_config, epochs=8), tmp_path)
-    untrained = work.validate(start(work, FeatureReader(work.inputs), torch.device("cpu")).evaluated.eval())
+    before = untrained(work)
     train_here(work, tmp_path)
-    assert last_state(tmp_path)["best"] > untrained["rsum"] + 100
+    assert last_state(tmp_path)["best"] > before + 100
 
 
 class InterruptionError(Exception):
@@ -117,14 +173,26 @@ class InterruptedAfter(LocalCheckpoints):
 
 
 @pytest.mark.parametrize("checkpoints", [1, 3, 4])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tiny_cache, tiny_config, tmp_path, checkpoints):
-    config = replace(tiny_config, objective=LESS, checkpoint_steps=2)
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    tiny_cache, tiny_config, tmp_path, method, checkpoints
+):
+    config = replace(method_config(tiny_config, method), epochs=2, checkpoint_steps=2)
     train_here(make_work(tiny_cache, config, tmp_path / "a"), tmp_path / "a")
     work = make_work(tiny_cache, config, tmp_path / "b")
     with pytest.raises(InterruptionError):
         train_here(work, tmp_path / "b", InterruptedAfter(tmp_path / "b", checkpoints))
     train_here(work, tmp_path / "b")
     assert_same_state(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
+
+
+def test_the_codebook_is_made_while_training(tiny_cache, tiny_config, tmp_path):
+    work = make_work(tiny_cache, replace(tiny_config, objective=LESS, epochs=2), tmp_path)
+    train_here(work, tmp_path)
+    objective = last_state(tmp_path)["objective"]
+    assert objective["quantization.codebook.ready"]
+    assert not len(objective["quantization.sample"])
+    assert work.log.read("train/codebook/perplexity")
 
 
 def test_a_finished_run_is_not_trained_further(tiny_cache, tiny_config, tmp_path):
@@ -208,9 +276,10 @@ def test_heads_learn_from_parts_with_every_aggregator(tiny_cache, tiny_config, t
         image=TowerConfig(vectors=(), parts=("one.grid",), **settings),
         text=TowerConfig(vectors=(), parts=("tokens",), **settings),
     )
-    work = make_work(tiny_cache, replace(tiny_config, model=model, epochs=6), tmp_path)
+    work = make_work(tiny_cache, replace(tiny_config, model=model, epochs=20), tmp_path)
+    before = untrained(work)
     train_here(work, tmp_path)
-    assert last_state(tmp_path)["best"] > 150
+    assert last_state(tmp_path)["best"] > before + 50
 
 
 @pytest.mark.parametrize("form", ["fixed", "A", "B", "C"])
@@ -248,9 +317,10 @@ def ray_state(folder):
     return read_state(max((folder / "ray").glob("checkpoint_*/")))
 
 
-def test_two_ray_workers_follow_the_curve_of_one_process(tiny_cache, tiny_config, tmp_path, ray_local):
-    """Half the batch each, every term of LESS, dropout included; a batch of odd size is dealt unevenly."""
-    config = replace(tiny_config, objective=LESS, batch=23, epochs=2, cpus_per_worker=1)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_ray_workers_follow_the_curve_of_one_process(tiny_cache, tiny_config, tmp_path, ray_local, method):
+    """Half the batch each, all that a method remembers, dropout included; a batch of odd size is dealt unevenly."""
+    config = replace(method_config(tiny_config, method), batch=23, epochs=2, cpus_per_worker=1)
     one = make_work(tiny_cache, config, tmp_path / "one")
     fit(one, tmp_path / "one")
     two = make_work(tiny_cache, replace(config, workers=2), tmp_path / "two")
@@ -295,3 +365,48 @@ def test_what_goes_wrong_in_a_ray_worker_is_told_as_it_is(tiny_cache, tiny_confi
     config = replace(tiny_config, lr=1e30, clip=0.0, model=free, workers=1, max_failures=0)
     with pytest.raises(DivergenceError, match=r"lower --train\.lr"):
         fit(make_work(tiny_cache, config, tmp_path), tmp_path)
+
+
+HOSTS = {"vse": ("vse", {}), "scan": ("scan", {}), "vsrn": ("vse", {"context": "graph", "aggregator": "memory"})}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("erasing", [0.0, 0.5])
+@pytest.mark.parametrize("bank", [0, 30])
+@pytest.mark.parametrize("hardness", [None, 2.0])
+def test_every_module_of_sede_learns_on_every_host(tiny_cache, tiny_config, tmp_path, host, erasing, bank, hardness):
+    name, reasoning = HOSTS[host]
+    image = replace(GRID, **reasoning)
+    objective = ObjectiveConfig(
+        ranking="hinge" if hardness is None else "infonce",
+        hinge=HingeConfig(mining="all", margin=MarginConfig(form="fixed")),
+        infonce=InfoNCEConfig(hardness=hardness or 0.0, temperature=0.1),
+        erasing=ErasingConfig(weight=erasing),
+        bank=BankConfig(size=bank, momentum=0.9),
+    )
+    model = replace(tiny_config.model, host=name, scan=ScanConfig(words=6), image=image, text=TOKENS)
+    work = make_work(tiny_cache, replace(tiny_config, model=model, objective=objective, epochs=4), tmp_path)
+    train_here(work, tmp_path)
+    gaps = list(work.log.read("train/gap").values())
+    assert gaps[-1] > gaps[0]
+    state = last_state(tmp_path)
+    assert ("momentum" in state) == bool(bank)
+    assert bool(work.log.read("train/loss/erasing")) == bool(erasing)
+
+
+@pytest.mark.parametrize(("dim", "weight"), [(8, 0.0), (0, 1.0)])
+def test_a_local_space_and_its_loss_belong_together(tiny_cache, tiny_config, tmp_path, dim, weight):
+    hier = method_config(tiny_config, "hier")
+    objective = replace(hier.objective, local=LocalLossConfig(weight=weight))
+    config = replace(hier, model=replace(hier.model, local=LocalConfig(dim=dim)), objective=objective)
+    with pytest.raises(SettingsError, match="expected both above 0, or both 0"):
+        train_here(make_work(tiny_cache, config, tmp_path), tmp_path)
+
+
+def test_the_average_begins_short_and_ends_at_its_decay():
+    averages, weights = [torch.zeros(1)], [torch.ones(1)]
+    _follow(0.5, averages, weights, 1)
+    assert float(averages[0]) == pytest.approx(1 - 2 / 11)
+    averages = [torch.zeros(1)]
+    _follow(0.5, averages, weights, torch.tensor(100))
+    assert float(averages[0]) == pytest.approx(0.5)

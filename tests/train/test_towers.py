@@ -1,14 +1,19 @@
 """Towers read what they are told to, and padding is nothing to them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from train.batches import Features
-from train.config import ModelConfig, TowerConfig
+from train.config import TowerConfig
+from train.lexicon import Vocabulary
 from train.noise import Noise
-from train.towers import DualEncoder, Standardise, Tower
+from train.towers import Dims, ResidualMLP, Standardise, Tower
+
+BOTH = Dims(8, (6,))
+
+
+def embed(tower, x, noise=None):
+    return tower.pool(tower.encode(x, noise))
 
 
 def features(rows=5, parts=4, pad=0):
@@ -21,11 +26,47 @@ def features(rows=5, parts=4, pad=0):
     return Features(torch.randn(rows, 8, generator=generator), (grid,), (mask,))
 
 
-@pytest.mark.parametrize("aggregator", ["mean", "max", "attention", "gpo", "netvlad"])
-def test_a_padded_part_changes_nothing(aggregator):
+@pytest.mark.parametrize("aggregator", ["mean", "max", "attention", "gpo", "netvlad", "memory"])
+@pytest.mark.parametrize("context", ["none", "bigru", "transformer", "graph"])
+def test_a_padded_part_changes_nothing(aggregator, context):
     torch.manual_seed(0)
-    tower = Tower(TowerConfig(parts=("grid",), aggregator=aggregator, width=16), 12, 8, (6,)).eval()
-    torch.testing.assert_close(tower(features(), None), tower(features(pad=3), None), atol=1e-5, rtol=1e-5)
+    config = TowerConfig(parts=("grid",), aggregator=aggregator, context=context, layers=2, width=16)
+    tower = Tower(config, 12, BOTH).eval()
+    torch.testing.assert_close(embed(tower, features()), embed(tower, features(pad=3)), atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_some_parts_is_pooling_them_alone():
+    torch.manual_seed(0)
+    tower = Tower(TowerConfig(parts=("grid",), width=16), 12, BOTH)
+    x = features()
+    encoded = tower.encode(x, None)
+    some = encoded.mask.clone()
+    some[:, 2:] = False
+    alone = Features(x.vectors, (x.parts[0][:, :2],), (x.masks[0][:, :2],))
+    torch.testing.assert_close(tower.pool(encoded, some), embed(tower, alone))
+
+
+def test_branches_add_up():
+    torch.manual_seed(0)
+    x = features()
+    words = torch.tensor([[3, 5], [5, 0], [3, 3], [7, 0], [0, 0]])
+    known = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    x = Features(x.vectors, x.parts, x.masks, (words,), (known,))
+    tower = Tower(TowerConfig(parts=("grid",), bags=("lemmas",), width=16), 12, Dims(8, (6,), (4,)))
+    tower.bags[0].fit(Vocabulary(torch.tensor([3, 5, 7]), torch.tensor([1.0, 2.0, 3.0])))
+    pooled = tower.aggregator(*tower.project_parts(x))
+    vectors = tower.vectors(tower.standardise_vectors(x.vectors), None)
+    bag = tower.bags[0](words, known)
+    assert bag[:4].abs().sum(1).min() > 0
+    torch.testing.assert_close(embed(tower, x), vectors + bag + pooled)
+
+
+def test_parts_are_projected_by_one_layer_or_an_mlp():
+    assert ResidualMLP(6, 0, 12, 0.0).hidden is None
+    linear = Tower(TowerConfig(parts=("grid",), part_width=0), 12, BOTH)
+    deep = Tower(TowerConfig(parts=("grid",), part_width=10), 12, BOTH)
+    assert sum(p.numel() for p in linear.parts.parameters()) == 6 * 12 + 12
+    assert sum(p.numel() for p in deep.parts.parameters()) == 6 * 12 + 12 + (6 * 10 + 10) + (10 * 12 + 12)
 
 
 def test_standardise_gives_mean_zero_and_deviation_one():
@@ -48,52 +89,20 @@ def test_a_constant_feature_stays_finite():
 
 
 def test_statistics_leave_padding_out():
-    tower = Tower(TowerConfig(parts=("grid",), width=8), 4, 8, (6,))
+    tower = Tower(TowerConfig(parts=("grid",), width=8), 4, BOTH)
     tower.fit_inputs(features())
-    padded = Tower(TowerConfig(parts=("grid",), width=8), 4, 8, (6,))
+    padded = Tower(TowerConfig(parts=("grid",), width=8), 4, BOTH)
     padded.fit_inputs(features(pad=2))
     torch.testing.assert_close(tower.standardise_parts[0].mean, padded.standardise_parts[0].mean)
 
 
-def test_unit_sphere_or_free():
-    model = ModelConfig(dim=12, image=TowerConfig(width=16), text=TowerConfig(width=16))
-    x = Features(torch.randn(5, 8))
-    unit = DualEncoder(model, (8, ()), (8, ()))
-    torch.testing.assert_close(unit.embed_images(x).norm(dim=1), torch.ones(5))
-    free = DualEncoder(replace(model, normalise=False), (8, ()), (8, ()))
-    assert (free.embed_images(x).norm(dim=1) - 1).abs().max() > 1e-2
-
-
 def test_dropout_only_with_noise():
-    tower = Tower(TowerConfig(width=16), 12, 8, ())
+    tower = Tower(TowerConfig(width=16), 12, Dims(8))
     x = Features(torch.randn(5, 8))
-    torch.testing.assert_close(tower(x, None), tower(x, None))
-    assert (tower(x, Noise(0, 0, 5, slice(0, 5))) != tower(x, None)).any()
+    torch.testing.assert_close(embed(tower, x), embed(tower, x))
+    assert (embed(tower, x, Noise(0, 0, 5, slice(0, 5))) != embed(tower, x)).any()
 
 
 def test_a_tower_that_reads_nothing_is_refused():
     with pytest.raises(ValueError, match="a tower reads nothing"):
-        Tower(TowerConfig(vectors=()), 12, 0, ())
-
-
-def test_one_codebook_serves_both_towers():
-    tower = TowerConfig(vectors=(), parts=("grid",), aggregator="netvlad", clusters=3, width=16)
-    config = ModelConfig(dim=12, shared_codebook=True, image=tower, text=tower)
-    model = DualEncoder(config, (0, (6,)), (0, (6,)))
-    assert model.image.aggregator.codebook is model.text.aggregator.codebook
-    before = model.image.aggregator.codebook.centres.clone()
-    model.fit_inputs(features(rows=20), features(rows=20))
-    assert (model.image.aggregator.codebook.centres != before).any()
-
-
-def test_a_codebook_each():
-    tower = TowerConfig(vectors=(), parts=("grid",), aggregator="netvlad", clusters=3, width=16)
-    model = DualEncoder(ModelConfig(dim=12, image=tower, text=tower), (0, (6,)), (0, (6,)))
-    assert model.image.aggregator.codebook is not model.text.aggregator.codebook
-    model.fit_inputs(features(rows=20), features(rows=20))
-
-
-def test_the_mean_of_views_is_a_unit_vector():
-    model = DualEncoder(ModelConfig(dim=2, image=TowerConfig(width=4), text=TowerConfig(width=4)), (8, ()), (8, ()))
-    mean = model.mean_of_views([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])
-    torch.testing.assert_close(mean, torch.full((1, 2), 0.5**0.5))
+        Tower(TowerConfig(vectors=()), 12, Dims())

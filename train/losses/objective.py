@@ -1,108 +1,159 @@
-"""The objective: ranking term + λ_c center loss + λ_q quantization loss, each named and switchable (LESS 5).
+"""The objective: a ranking term and, each switchable, erasing, center, quantization and local losses (LESS 5).
 
-It sees the global batch and knows nothing of workers. All that learns or averages by itself (margin, centres,
-codebook, temperature, log-variances) is a parameter or buffer here, so `state_dict()` is the whole of it.
+It sees the global batch and knows nothing of workers. All that learns, averages or remembers by itself (margin, bank,
+centres, codebook, temperature, log-variances) is a parameter or buffer here, so `state_dict()` is the whole of it.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from train.batches import Pairs
 from train.config import ObjectiveConfig, SettingsError
+from train.embeddings import Distances, Embeddings, Erased, Pairs
 from train.losses.center import CenterLoss
-from train.losses.distances import masked_mean, mean_distances, negative_pairs, squared_distances
+from train.losses.distances import Rank, both_directions, masked_mean, mean_distances, negative_pairs
+from train.losses.erasing import erasing
 from train.losses.hinge import HingeLoss
 from train.losses.infonce import InfoNCELoss
-from train.losses.quantization import QuantizationLoss
+from train.losses.local import LocalLoss
+from train.losses.quantization import QuantizationLoss, Quantized
+from train.losses.siglip import SigLIPLoss
 from train.losses.uncertainty import UncertaintyWeights
+from train.memory import EmbeddingShape, MemoryBank
+
+RankingLoss = HingeLoss | InfoNCELoss | SigLIPLoss
 
 
 class Objective(nn.Module):
     """What is minimised.
 
-    A term of weight 0 is not built: it has no parameters, no buffers and no logged values. In training mode
-    each call moves the margin's average and the centres; in evaluation mode neither moves.
+    With a memory bank the ranking term is (1 - share) · the batch's own loss + share · the loss against keys. With
+    rank_codes it is (1 - rank_codes) · that + rank_codes · the loss of images against decoded codes of captions and of
+    captions against those of images, as soon as there is a codebook. A term of weight 0 is not built: it has no
+    parameters, no buffers and no logged values. In training mode each call moves the margin's average, the centres and
+    the codewords and enqueues the batch's keys, once each; in evaluation mode none of them moves.
 
     Args:
         config: which terms, and their settings.
-        dim: E.
-        concepts: number of images in the training split; `Pairs.image_ids` are 0 to concepts - 1.
+        image: shape of the images' embeddings.
+        text: shape of the captions' embeddings.
+        concepts: C, concepts of the training split; `Pairs.concepts` are 0 to C-1.
+        vocabulary: V, words that `Pairs.labels` tell of; read by the local loss only.
 
     Raises:
-        SettingsError: on a negative weight, or `rank_codes` without a quantization term.
+        SettingsError: on settings without a meaning, and on terms that do not fit each other or the host.
     """
 
-    def __init__(self, config: ObjectiveConfig, dim: int, concepts: int) -> None:
+    def __init__(
+        self, config: ObjectiveConfig, image: EmbeddingShape, text: EmbeddingShape, concepts: int, vocabulary: int = 0
+    ) -> None:
         super().__init__()
-        lambdas = {"center": config.center.weight, "quantization": config.quantization.weight}
-        for name, value in lambdas.items():
-            if value < 0:
-                raise SettingsError(f"found weight {value} of the {name} loss; expected 0 (not built) or more")
-        if config.quantization.rank_codes and not config.quantization.weight:
-            raise SettingsError("rank_codes needs the codebook; give the quantization loss a weight above 0")
-        self.ranking: HingeLoss | InfoNCELoss = (
-            HingeLoss(config.hinge) if config.ranking == "hinge" else InfoNCELoss(config.infonce)
-        )
-        self.center = CenterLoss(config.center, dim, concepts) if config.center.weight else None
-        self.quantization = QuantizationLoss(config.quantization, dim) if config.quantization.weight else None
-        self.lambdas = {config.ranking: 1.0} | {name: value for name, value in lambdas.items() if value}
+        weights = {
+            "erasing": config.erasing.weight,
+            "center": config.center.weight,
+            "quantization": config.quantization.weight,
+            "local": config.local.weight,
+        }
+        _check(config, weights, image)
+        self.config = config
+        self.ranking = _ranking(config)
+        self.bank = MemoryBank(config.bank.size, image, text) if config.bank.size else None
+        self.center = CenterLoss(config.center, image.vector, concepts) if config.center.weight else None
+        self.quantization = QuantizationLoss(config.quantization, image.vector) if config.quantization.weight else None
+        self.local = LocalLoss(config.local, image.local, vocabulary) if config.local.weight else None
+        self.lambdas = {config.ranking: 1.0} | {name: value for name, value in weights.items() if value}
         self.uncertainty = UncertaintyWeights(self.lambdas) if config.weighting == "uncertainty" else None
 
-    def initialise(self, embeddings: Tensor, seed: int = 0) -> None:
-        """Start the codebook, where there is one, from k-means on a sample of both modalities.
-
-        Args:
-            embeddings: (N, E), at least as many as codewords.
-            seed: of k-means.
-        """
-        if self.quantization is not None:
-            self.quantization.codebook.initialise(embeddings, seed)
-
-    def forward(self, pairs: Pairs, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, pairs: Pairs, progress: float, distances: Distances) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and its parts.
 
         Args:
             pairs: the global batch.
             progress: share of training done, 0 to 1.
+            distances: the host's.
 
         Returns:
-            The scalar to minimise, and scalars without gradient to log: `loss/<term>` before weighting,
-            `distance/positive`, `distance/negative`, their difference `gap`; with a hinge `margin` (mean over
-            negatives), with InfoNCE `temperature`, with codes `loss/quantization/<part>` and
-            `codebook/perplexity`, with learned weights `weight/<term>`.
-        """
-        with torch.autocast(pairs.image.device.type, enabled=False):
-            return self._forward(pairs, progress)
+            The scalar to minimise, and scalars without gradient to log: `loss/<term>` before weighting, `margin` (mean
+            over negatives), `distance/positive`, `distance/negative`, their difference `gap`; with InfoNCE and SigLIP
+            `temperature`, with SigLIP `bias`; with a bank `loss/<ranking>/batch`, `loss/<ranking>/bank` and
+            `bank/filled` (keys that the batch was compared with, besides its own); of terms with parts
+            `loss/<term>/<part>`; with a codebook, once it is made, `codebook/perplexity` and, where codes are ranked,
+            `loss/<ranking>/codes`; with learned weights `weight/<term>`.
 
-    def _forward(self, pairs: Pairs, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        image, text = pairs.image.float(), pairs.text.float()
+        Raises:
+            ValueError: there is a bank and the pairs have no keys, or an erasing term and they have no erased views.
+        """
+        with torch.autocast(pairs.image.vector.device.type, enabled=False):
+            return self._forward(pairs, progress, distances)
+
+    def _forward(self, pairs: Pairs, progress: float, distances: Distances) -> tuple[Tensor, dict[str, Tensor]]:
+        image, text = _wide(pairs.image), _wide(pairs.text)
         terms: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         if self.center is not None:
-            terms["center"] = self.center(image, text, pairs.image_ids)
+            terms["center"] = self.center(image.vector, text.vector, pairs.concepts)
+        if self.local is not None:
+            terms["local"], parts = self.local(image.local, text.local, pairs.labels)
+            logs |= _named("local", parts)
+        found: Quantized | None = None
         if self.quantization is not None:
-            found = self.quantization(image, text, progress)
-            terms["quantization"] = found.loss
-            logs |= {f"loss/quantization/{name}": value for name, value in found.terms.items()}
-            logs["codebook/perplexity"] = found.perplexity
-            image = image if found.image is None else found.image
-            text = text if found.text is None else found.text
+            found = self.quantization(image.vector, text.vector, progress)
+            if found is not None:
+                terms["quantization"] = found.loss
+                logs |= _named("quantization", found.terms) | {"codebook/perplexity": found.perplexity}
 
-        distances = squared_distances(image, text)  # (B, B)
-        negatives = negative_pairs(pairs.image_ids)  # (B, B)
-        if isinstance(self.ranking, HingeLoss):
-            terms["hinge"], margin = self.ranking(distances, negatives, pairs.semantic, progress)
-            logs["margin"] = masked_mean(margin.expand_as(distances), negatives)
-        else:
-            terms["infonce"] = self.ranking(distances, negatives)
-            logs["temperature"] = self.ranking.temperature
+        squared = distances(image, text)  # (B, B)
+        negatives = negative_pairs(pairs.image_ids, pairs.mixed_ids)  # (B, B)
+        margin = self.ranking.margin(squared, negatives, pairs.semantic)  # the one time in this step: it moves
+        rank = self._rank(progress)
+        ranking = both_directions(rank, squared, negatives, margin)
+        if self.bank is not None:
+            keys = _keys(pairs)
+            to_texts, to_images = self.bank.compare(image, text, *keys, distances)  # (B, B + F) each
+            others = torch.cat((negatives, self.bank.negatives(pairs.image_ids, pairs.mixed_ids)), 1)
+            remembered = _pairs_first(rank, to_texts, others, margin) + _pairs_first(rank, to_images, others, margin)
+            logs |= _named(self.config.ranking, {"batch": ranking.detach(), "bank": remembered.detach()})
+            logs["bank/filled"] = torch.tensor(float(self.bank.filled))
+            share = self.config.bank.share
+            ranking = (1 - share) * ranking + share * remembered
+            if self.training:
+                self.bank.enqueue(*keys, pairs.image_ids, pairs.mixed_ids)
+        if found is not None and found.image is not None and found.text is not None:
+            to_texts = distances(image, replace(text, vector=found.text))  # (B, B)
+            to_images = distances(replace(image, vector=found.image), text).T
+            coded = rank(to_texts.diagonal(), to_texts, negatives, margin)
+            coded = coded + rank(to_images.diagonal(), to_images, negatives.T, margin.t())
+            logs |= _named(self.config.ranking, {"codes": coded.detach()})
+            share = self.config.quantization.rank_codes
+            ranking = (1 - share) * ranking + share * coded
+        terms[self.config.ranking] = ranking
+        if self.config.erasing.weight:
+            terms["erasing"], parts = erasing(
+                image,
+                text,
+                _erased(pairs),
+                distances,
+                lambda views: both_directions(rank, views, negatives, margin),
+                squared.diagonal(),
+                self.config.erasing.irrelevant,
+            )
+            logs |= _named("erasing", parts)
 
-        positive, negative = mean_distances(distances.detach(), negatives)
+        positive, negative = mean_distances(squared.detach(), negatives)
         logs |= {"distance/positive": positive, "distance/negative": negative, "gap": negative - positive}
+        logs["margin"] = masked_mean(margin.expand_as(squared), negatives)
+        if not isinstance(self.ranking, HingeLoss):
+            logs |= self.ranking.learned()
         logs |= {f"loss/{name}": value.detach() for name, value in terms.items()}
         return self._total(terms, logs), logs
+
+    def _rank(self, progress: float) -> Rank:
+        if isinstance(self.ranking, HingeLoss):
+            return partial(self.ranking, progress=progress)
+        return self.ranking
 
     def _total(self, terms: Mapping[str, Tensor], logs: dict[str, Tensor]) -> Tensor:
         if self.uncertainty is None:
@@ -110,3 +161,78 @@ class Objective(nn.Module):
         logs |= {f"weight/{name}": value for name, value in self.uncertainty.weights().items()}
         total: Tensor = self.uncertainty(terms)
         return total
+
+
+def _ranking(config: ObjectiveConfig) -> RankingLoss:
+    match config.ranking:
+        case "hinge":
+            return HingeLoss(config.hinge)
+        case "infonce":
+            return InfoNCELoss(config.infonce)
+        case "siglip":
+            return SigLIPLoss(config.siglip)
+
+
+def _check(config: ObjectiveConfig, weights: Mapping[str, float], image: EmbeddingShape) -> None:
+    """Refuse what has no meaning.
+
+    Raises:
+        SettingsError: what was found, what was expected.
+    """
+    for name, value in weights.items():
+        if value < 0:
+            raise SettingsError(f"found weight {value} of the {name} loss; expected 0 (not built) or more")
+        if value and name in ("center", "quantization") and not image.vector:
+            raise SettingsError(
+                f"the {name} loss works on embedding vectors, and this host compares parts and has none; set its "
+                "weight to 0, or choose the host vse"
+            )
+    if config.quantization.rank_codes and not config.quantization.weight:
+        raise SettingsError("rank_codes needs the codebook; give the quantization loss a weight above 0")
+    erased, bank = config.erasing, config.bank
+    if min(erased.keep, erased.irrelevant) < 0:
+        raise SettingsError(f"found erasing keep {erased.keep} and irrelevant {erased.irrelevant}; expected 0 or more")
+    if bank.size < 0 or not 0 <= bank.momentum < 1 or not 0 < bank.share <= 1:
+        raise SettingsError(
+            f"found a memory bank of size {bank.size}, momentum {bank.momentum} and share {bank.share}; expected "
+            "a size of 0 (no bank) or more, 0 <= momentum < 1, 0 < share <= 1"
+        )
+    if bank.size and config.margin.form in ("B", "C"):
+        raise SettingsError(
+            f"margin form {config.margin.form} compares captions, and the memory bank does not keep them; choose form "
+            "fixed or A, or bank size 0"
+        )
+
+
+def _keys(pairs: Pairs) -> tuple[Embeddings, Embeddings]:
+    if pairs.keys is None:
+        raise ValueError("found pairs without keys; the memory bank expects them from the momentum network")
+    image, text = pairs.keys
+    return _wide(image), _wide(text)
+
+
+def _erased(pairs: Pairs) -> Erased:
+    if pairs.erased is None:
+        raise ValueError("found pairs without erased views; the erasing loss expects them from the host")
+    erased = pairs.erased
+    return replace(
+        erased,
+        image_kept=_wide(erased.image_kept),
+        image_dropped=_wide(erased.image_dropped),
+        text_kept=_wide(erased.text_kept),
+        text_dropped=_wide(erased.text_dropped),
+    )
+
+
+def _wide(embeddings: Embeddings) -> Embeddings:
+    """In float32, masks as they are."""
+    return embeddings.map(lambda x: x.float() if x.is_floating_point() else x)
+
+
+def _pairs_first(rank: Rank, distances: Tensor, negatives: Tensor, margin: Tensor) -> Tensor:
+    """Rank candidates (B, N) of which the first B are the anchors' partners, on the diagonal."""
+    return rank(distances.diagonal(), distances, negatives, margin)
+
+
+def _named(term: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"loss/{term}/{name}": value for name, value in parts.items()}

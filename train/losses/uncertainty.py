@@ -33,10 +33,11 @@ class UncertaintyWeights(nn.Module):
         """Σ_k exp(-s_k) L_k + s_k.
 
         Args:
-            losses: a scalar, at least 0, for each term named when this was built.
+            losses: a scalar, at least 0, for each term; one that has not begun yet is left out.
 
         Returns:
             A scalar; negative when terms are small.
         """
-        terms = [s.neg().exp() * losses[name] + s for name, s in self.log_variances.items()]
+        begun = {name: s for name, s in self.log_variances.items() if name in losses}
+        terms = [s.neg().exp() * losses[name] + s for name, s in begun.items()]
         return torch.stack(terms).sum()

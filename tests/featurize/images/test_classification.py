@@ -54,7 +54,7 @@ LARGE = [
 def check(name, where, shape):
     encoder = open_image_encoder(f"torchvision:{name}@random:3", "float32")
     assert encoder.card.name == f"torchvision:{name}"
-    assert encoder.card.outputs == (Output("grid", shape), Output("pooled", shape[1:]))
+    assert encoder.card.outputs[:2] == (Output("grid", shape), Output("pooled", shape[1:]))
 
     arguments = {"init_weights": True, "transform_input": True} if name in {"googlenet", "inception_v3"} else {}
     with torch.random.fork_rng():

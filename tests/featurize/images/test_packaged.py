@@ -32,7 +32,7 @@ def fast():
 def test_sizes_and_outputs(name, size, cells):
     encoder = open_image_encoder(name)
     assert encoder.card.name == name
-    assert encoder.card.outputs == (Output("grid", (cells, 1280)), Output("pooled", (1280,)))
+    assert encoder.card.outputs[:2] == (Output("grid", (cells, 1280)), Output("pooled", (1280,)))
     assert encoder.prepare(drawing()).shape == (3, size, size)
     assert encoder.card.preprocessing == {
         "resize": [size, size],

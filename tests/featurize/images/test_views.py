@@ -54,10 +54,17 @@ def test_a_crop_follows_from_its_key_alone(image):
     assert crop.getpixel((169, 84)) == (198, 94, 0)
 
 
+@pytest.mark.parametrize(("name", "seed"), [("crop2", "crop2 a"), ("crop3", "crop3 a"), ("crop4", "crop4 a")])
+def test_other_crops_are_other_parts(image, name, seed):
+    other = np.asarray(view(image, name, "a"))
+    assert other.tobytes() == np.asarray(view(image, "crop", seed)).tobytes()
+    assert other.tobytes() != np.asarray(view(image, "crop", "a")).tobytes()
+
+
 def test_a_single_pixel_can_be_cropped():
     assert view(Image.new("RGB", (1, 1)), "crop", "a").size == (1, 1)
 
 
 def test_an_unknown_view(image):
-    with pytest.raises(ValueError, match=r"unknown view 'zoom': expected plain, flip or crop"):
+    with pytest.raises(ValueError, match=r"unknown view 'zoom': expected plain, flip, crop, crop2, crop3, crop4"):
         view(image, "zoom", "a")

@@ -285,7 +285,9 @@ def test_nothing_is_printed(bert, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("reference", "nearest"), [("minilm2", "minilm"), ("transformer:x", "transformers:")])
+@pytest.mark.parametrize(
+    ("reference", "nearest"), [("minilm2", "minilm"), ("transformer:x", "transformers:"), ("lemmas", "lexicon")]
+)
 def test_an_unknown_reference(reference, nearest):
     with pytest.raises(ValueError, match=rf"unknown text encoder '{reference}', the nearest is '{nearest}'; expected"):
         open_text_encoder(reference)

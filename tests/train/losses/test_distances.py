@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from train.losses.distances import masked_mean, mean_distances, negative_pairs, squared_distances
+from train.embeddings import Embeddings
+from train.losses.distances import (
+    both_directions,
+    masked_mean,
+    mean_distances,
+    negative_pairs,
+    pair_distances,
+    squared_distances,
+)
 
 
 def test_equal_a_loop(embeddings):
@@ -58,8 +66,48 @@ def test_gradient_equals_finite_differences(embeddings):
 
 
 def test_pairs_of_one_image_are_no_negatives():
-    found = negative_pairs(torch.tensor([4, 1, 4]))
+    found = negative_pairs(torch.tensor([4, 1, 4]), torch.tensor([4, 1, 4]))
     assert found.tolist() == [[False, True, False], [True, False, True], [False, True, False]]
+
+
+def test_pairs_mixed_with_one_image_are_no_negatives():
+    found = negative_pairs(torch.tensor([0, 1, 2, 0]), torch.tensor([7, 8, 7, 9]))
+    apart = [(0, 1), (1, 2), (1, 3), (2, 3)]  # 0 and 2 are mixed with image 7, 0 and 3 show image 0
+    assert found.tolist() == [[(min(i, j), max(i, j)) in apart for j in range(4)] for i in range(4)]
+
+
+def test_both_directions_hand_over_rows_and_then_columns():
+    d = torch.arange(9.0).reshape(3, 3)
+    negatives = d > 4
+    margin, seen = d / 10, []
+
+    def rank(*arguments):
+        seen.append(arguments)
+        return torch.tensor(float(len(seen)))
+
+    assert both_directions(rank, d, negatives, margin).item() == 1 + 2
+    for found, expected in zip(seen[0], (d.diagonal(), d, negatives, margin), strict=True):
+        assert torch.equal(found, expected)
+    for found, expected in zip(seen[1], (d.diagonal(), d.T, negatives.T, margin.T), strict=True):
+        assert torch.equal(found, expected)
+    both_directions(rank, d, negatives, torch.tensor(0.5))
+    assert [arguments[3].item() for arguments in seen[2:]] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+def test_distances_of_pairs_are_the_diagonal_and_compare_blocks_only(embeddings, block):
+    image, text = (Embeddings.of(x) for x in embeddings())
+    sizes = []
+
+    def distances(u, v):
+        sizes.append(len(u))
+        return squared_distances(u.vector, v.vector)
+
+    torch.testing.assert_close(
+        pair_distances(distances, image, text, block), squared_distances(image.vector, text.vector).diagonal()
+    )
+    assert max(sizes) == min(block, 7)
+    assert sum(sizes) == 7
 
 
 def test_masked_mean_by_hand():
@@ -70,5 +118,5 @@ def test_masked_mean_by_hand():
 
 def test_mean_distances_by_hand():
     d = torch.tensor([[1.0, 7.0, 4.0], [7.0, 2.0, 7.0], [4.0, 7.0, 3.0]])
-    positive, negative = mean_distances(d, negative_pairs(torch.tensor([4, 1, 4])))
+    positive, negative = mean_distances(d, ~torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]).bool())
     assert (positive.item(), negative.item()) == (2.0, 7.0)

@@ -1,13 +1,23 @@
 """The hinge against a loop, by hand, and its properties."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from train.config import HingeConfig, MarginConfig
-from train.losses.distances import negative_pairs, squared_distances
+from train.losses.distances import both_directions, squared_distances
 from train.losses.hinge import HingeLoss, hinge
 
 MININGS = ["hardest", "all", "weighted"]
+
+
+def negative_pairs(image_ids):
+    return image_ids[:, None] != image_ids
+
+
+def batch_hinge(distances, negatives, margin, mining):
+    return both_directions(partial(hinge, mining=mining), distances, negatives, margin)
 
 
 def slow_hinge(distances, image_ids, margin, mining):
@@ -37,7 +47,7 @@ def test_equals_a_loop(embeddings, image_ids, mining, pairwise):
         r = torch.rand(7, 7, generator=torch.Generator().manual_seed(3))
         margin = 4 * (r + r.T)
     expected = slow_hinge(d.tolist(), image_ids.tolist(), margin.expand(7, 7).tolist(), mining)
-    found = hinge(d, negative_pairs(image_ids), margin, mining)
+    found = batch_hinge(d, negative_pairs(image_ids), margin, mining)
     assert expected > 0.1
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
@@ -46,7 +56,7 @@ def test_by_hand():
     """Margin 1: anchors 0 and 1 violate by 2 and 1.5 as images, by 1.5 and 2 as captions; pair 2 is far."""
     d = torch.tensor([[1.0, 0.0, 9.0], [0.5, 1.0, 9.0], [9.0, 9.0, 1.0]])
     negatives = negative_pairs(torch.arange(3))
-    found = hinge(d, negatives, torch.tensor(1.0), "hardest")
+    found = batch_hinge(d, negatives, torch.tensor(1.0), "hardest")
     assert found.item() == pytest.approx((2 + 1.5 + 0) / 3 + (1.5 + 2 + 0) / 3)
 
 
@@ -54,7 +64,7 @@ def test_all_is_the_mean_of_violations_not_of_negatives():
     """Image anchor 0 violates by 2 and 1, captions 1 and 2 against image 0 by the same; all else is far."""
     d = torch.full((4, 4), 50.0).fill_diagonal_(1.0)
     d[0] = torch.tensor([1.0, 0.0, 1.0, 50.0])
-    found = hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "all")
+    found = batch_hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "all")
     assert found.item() == pytest.approx(((2 + 1) / 2 + (2 + 1) / 1) / 4)
 
 
@@ -62,7 +72,7 @@ def test_weights_are_squares_of_violations():
     """Image anchor 0 violates by 2 and 1: (4 * 2 + 1 * 1) / (4 + 1)."""
     d = torch.full((4, 4), 50.0).fill_diagonal_(1.0)
     d[0] = torch.tensor([1.0, 0.0, 1.0, 50.0])
-    found = hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "weighted")
+    found = batch_hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "weighted")
     assert found.item() == pytest.approx((9 / 5 + 2 + 1) / 4)
 
 
@@ -71,7 +81,7 @@ def test_the_end_of_the_warm_up_keeps_the_size_of_the_gradient(embeddings):
     for mining in MININGS:
         image, text = embeddings(64, 16, kind="unit")
         d = squared_distances(image, text)
-        hinge(d, negative_pairs(torch.arange(64)), torch.tensor(0.2), mining).backward()
+        batch_hinge(d, negative_pairs(torch.arange(64)), torch.tensor(0.2), mining).backward()
         sizes[mining] = image.grad.norm().item()
     assert 0.2 < sizes["hardest"] / sizes["all"] < 5
     assert 0.2 < sizes["weighted"] / sizes["all"] < 5
@@ -83,7 +93,7 @@ def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings, imag
     margin = torch.tensor(2.0)
 
     def value(u, v, ids):
-        return hinge(squared_distances(u, v), negative_pairs(ids), margin, mining)
+        return batch_hinge(squared_distances(u, v), negative_pairs(ids), margin, mining)
 
     order = torch.tensor([3, 6, 0, 1, 5, 2, 4])
     expected = value(image, text, image_ids)
@@ -95,7 +105,7 @@ def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings, imag
 def test_a_pair_of_the_same_image_is_never_pushed(embeddings, mining):
     image, text = embeddings(2)
     d = squared_distances(image, text)
-    found = hinge(d, negative_pairs(torch.tensor([8, 8])), torch.tensor(50.0), mining)
+    found = batch_hinge(d, negative_pairs(torch.tensor([8, 8])), torch.tensor(50.0), mining)
     found.backward()
     assert found.item() == 0
     assert image.grad.count_nonzero() == 0
@@ -103,7 +113,7 @@ def test_a_pair_of_the_same_image_is_never_pushed(embeddings, mining):
 
 def test_a_satisfied_batch_costs_nothing():
     d = torch.full((3, 3), 9.0).fill_diagonal_(1.0)
-    assert hinge(d, negative_pairs(torch.arange(3)), torch.tensor(0.5), "hardest").item() == 0
+    assert batch_hinge(d, negative_pairs(torch.arange(3)), torch.tensor(0.5), "hardest").item() == 0
 
 
 @pytest.mark.parametrize("kind", ["free", "unit", "collapsed"])
@@ -113,7 +123,7 @@ def test_gradients_are_finite_and_reach_both_sides(embeddings, image_ids, kind, 
     image, text = embeddings(kind=kind)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         d = squared_distances(image, text)
-        loss = hinge(d, negative_pairs(image_ids), torch.tensor(3.0), mining)
+        loss = batch_hinge(d, negative_pairs(image_ids), torch.tensor(3.0), mining)
     loss.backward()
     assert loss.item() > 0
     for grad in (image.grad, text.grad):
@@ -132,16 +142,25 @@ def test_gradients_are_finite_and_reach_both_sides(embeddings, image_ids, kind, 
 )
 def test_mining_waits_for_the_warm_up(embeddings, image_ids, mining, progress, used, not_used):
     d, negatives = squared_distances(*embeddings()), negative_pairs(image_ids)
-    config = HingeConfig(mining=mining, warmup=0.3, margin=MarginConfig(form="fixed", start=2.0))
-    found, margin = HingeLoss(config)(d, negatives, torch.zeros(7, 0), progress)
-    assert margin.item() == 2.0
-    torch.testing.assert_close(found, hinge(d, negatives, torch.tensor(2.0), used))
-    assert found.item() != hinge(d, negatives, torch.tensor(2.0), not_used).item()
+    arguments = (d.diagonal(), d, negatives, torch.tensor(2.0))
+    found = HingeLoss(HingeConfig(mining=mining, warmup=0.3))(*arguments, progress)
+    torch.testing.assert_close(found, hinge(*arguments, used))
+    assert found.item() != hinge(*arguments, not_used).item()
 
 
-def test_the_margin_is_the_configured_one_and_part_of_the_checkpoint(embeddings, image_ids):
-    loss = HingeLoss(HingeConfig(margin=MarginConfig(form="C")))
-    semantic = torch.nn.functional.normalize(torch.ones(7, 3))
-    _, margin = loss(squared_distances(*embeddings()), negative_pairs(image_ids), semantic, 1.0)
-    assert margin.shape == (7, 7)
-    assert list(loss.state_dict()) == ["margin.average"]
+@pytest.mark.parametrize("mining", MININGS)
+def test_candidates_need_not_be_partners(mining):
+    """Anchor 0 violates by 1 and 2, anchor 1 by 3 against the second of three candidates; the rest is far or masked."""
+    found = hinge(
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([[1.0, 0.0, 90.0], [90.0, 0.0, 0.0]]),
+        torch.tensor([[True, True, True], [True, True, False]]),
+        torch.tensor(1.0),
+        mining,
+    )
+    first = {"hardest": 2.0, "all": 1.5, "weighted": (1 + 8) / 5}[mining]
+    assert found.item() == pytest.approx((first + 3) / 2)
+
+
+def test_the_margin_is_part_of_the_checkpoint():
+    assert list(HingeLoss(HingeConfig(margin=MarginConfig(form="C"))).state_dict()) == ["margin.average"]

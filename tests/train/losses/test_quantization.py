@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from train.config import QuantizationConfig
-from train.losses.quantization import QuantizationLoss, agreement, entropy
+from train.losses.quantization import SAMPLE, QuantizationLoss, agreement, entropy
+from train.quantize import ProductCodebook
 
 CONFIG = QuantizationConfig(
     weight=1.0,
+    start=0.0,
     subspaces=2,
     codewords=3,
     commitment=0.3,
@@ -25,7 +27,8 @@ def build(config=CONFIG, dim=8):
     torch.manual_seed(4)
     loss = QuantizationLoss(config, dim)
     torch.nn.init.normal_(loss.codebook.codewords)
-    return loss
+    loss.codebook.ready.fill_(1)
+    return loss.eval()
 
 
 def slow_loss(codewords, image, text, tau):
@@ -47,7 +50,7 @@ def slow_loss(codewords, image, text, tau):
         for s in range(spaces):
             for a, b in zip(soft[i][s], soft[size + i][s], strict=True):
                 agree -= 0.5 * (a * math.log(b) + b * math.log(a)) / (size * spaces)
-    return 0.3 * error + error + 0.2 * (1 - spread) + 0.4 * agree, error, spread, agree
+    return 0.3 * error + 0.2 * (1 - spread) + 0.4 * agree, error, spread, agree
 
 
 @pytest.mark.parametrize(("progress", "tau"), [(0.0, 2.0), (0.5, 1.0), (1.0, 0.5)])
@@ -61,9 +64,9 @@ def test_equals_a_loop_at_the_annealed_temperature(embeddings, progress, tau):
 
 def test_embeddings_on_their_codewords_by_hand():
     """Two far codewords, one pair on each: no distortion, full use, full agreement: the loss is 0."""
-    loss = QuantizationLoss(replace(CONFIG, subspaces=1, codewords=2), 1)
-    with torch.no_grad():
-        loss.codebook.codewords.copy_(torch.tensor([[[0.0], [100.0]]]))
+    loss = QuantizationLoss(replace(CONFIG, subspaces=1, codewords=2), 1).eval()
+    loss.codebook.codewords = torch.tensor([[[0.0], [100.0]]])
+    loss.codebook.ready.fill_(1)
     z = torch.tensor([[0.0], [100.0]])
     found = loss(z, z, 0.0)
     assert found.loss.item() == pytest.approx(0.0, abs=1e-6)
@@ -82,19 +85,26 @@ def test_agreement_by_hand():
 
 
 def test_stopped_gradients(embeddings):
-    """With the soft terms off: z is pulled by commitment only, chosen codewords by the plain error only."""
+    """With the soft terms off: z is pulled by commitment only."""
     loss = build(replace(CONFIG, entropy=0.0, agreement=0.0))
     image, text = embeddings()
     z = torch.cat((image, text)).detach()
-    codes = loss.codebook.encode(z)
-    gap = z - loss.codebook.decode(codes).detach()
+    gap = z - loss.codebook.decode(loss.codebook.encode(z))
     loss(image, text, 0.0).loss.backward()
     torch.testing.assert_close(torch.cat((image.grad, text.grad)), 0.3 * 2 * gap / 14)
-    expected = torch.zeros(2, 3, 4)
-    for n in range(14):
-        for s in range(2):
-            expected[s, codes[n, s]] -= 2 * gap[n, 4 * s : 4 * s + 4] / 14
-    torch.testing.assert_close(loss.codebook.codewords.grad, expected)
+    assert list(loss.parameters()) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_codewords_follow_each_batch_once_and_only_in_training(embeddings, training):
+    loss, (image, text) = build().train(training), embeddings()
+    expected = build().codebook
+    z = torch.cat((image, text)).detach()
+    if training:
+        expected.follow(z, expected.encode(z), CONFIG.decay)
+    loss(image, text, 0.5).loss.backward()
+    assert torch.equal(loss.codebook.codewords, expected.codewords)
+    assert torch.equal(loss.codebook.counts, expected.counts)
 
 
 def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings):
@@ -107,14 +117,14 @@ def test_swapping_modalities_and_permuting_pairs_change_nothing(embeddings):
 
 @pytest.mark.parametrize("kind", ["free", "collapsed"])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_gradients_are_finite_and_reach_embeddings_and_codewords(embeddings, kind, bf16):
+def test_gradients_are_finite_and_reach_embeddings(embeddings, kind, bf16):
     loss, (image, text) = build(), embeddings(kind=kind)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         half = (x.bfloat16() if bf16 else x for x in (image, text))
         found = loss(*half, 1.0)
     found.loss.backward()
     assert found.loss.item() >= 0
-    for grad in (image.grad, text.grad, loss.codebook.codewords.grad):
+    for grad in (image.grad, text.grad):
         assert torch.isfinite(grad).all()
         assert grad.count_nonzero() > 0
 
@@ -129,23 +139,78 @@ def test_soft_codes_far_from_all_codewords_stay_finite(embeddings):
 
 
 def test_codes_for_the_ranking_term_are_the_decoded_ones_and_pass_gradients(embeddings):
-    loss, (image, text) = build(replace(CONFIG, rank_codes=True)), embeddings()
+    loss, (image, text) = build(replace(CONFIG, rank_codes=0.5)), embeddings()
     found = loss(image, text, 0.0)
     assert torch.equal(found.image, loss.codebook.decode(loss.codebook.encode(image)))
     assert torch.equal(found.text, loss.codebook.decode(loss.codebook.encode(text)))
     found.image.square().sum().backward()
-    assert image.grad.count_nonzero() > 0
+    torch.testing.assert_close(image.grad, 2 * found.image.detach())  # straight through
     assert build()(image, text, 0.0).image is None
 
 
-def test_training_the_codebook_alone_lowers_the_distortion(embeddings):
-    loss, (image, text) = build(), embeddings(64)
-    optimiser = torch.optim.SGD(loss.parameters(), lr=0.5)
+def normal(rows, seed):
+    return torch.randn(rows, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_codebook_is_made_of_the_first_embeddings_after_the_start():
+    """Three codewords want 96 embeddings: two batches of 25 pairs, after a third of training."""
+    loss = QuantizationLoss(replace(CONFIG, start=0.3), 8)
+    assert SAMPLE * CONFIG.codewords == 96
+    assert loss(normal(25, 0), normal(25, 1), 0.29) is None
+    assert loss(normal(25, 2), normal(25, 3), 0.3) is None
+    assert len(loss.sample) == 50
+    assert loss(normal(25, 4), normal(25, 5), 0.4) is not None
+    assert len(loss.sample) == 0
+    expected = ProductCodebook(8, 2, 3)
+    expected.initialise(torch.cat([normal(25, seed) for seed in range(2, 6)]))
+    last = torch.cat((normal(25, 4), normal(25, 5)))
+    expected.follow(last, expected.encode(last), CONFIG.decay)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(loss.codebook.state_dict()[name], value), name
+    assert loss(normal(25, 6), normal(25, 7), 0.5) is not None
+    assert torch.equal(loss.codebook.rotation, expected.rotation)
+
+
+def test_nothing_is_collected_in_evaluation_mode():
+    loss = QuantizationLoss(CONFIG, 8).eval()
+    assert loss(normal(60, 0), normal(60, 1), 0.9) is None
+    assert len(loss.sample) == 0
+
+
+def test_what_was_collected_is_part_of_the_state():
+    whole, first, second = (QuantizationLoss(CONFIG, 8) for _ in range(3))
+    for loss in (whole, first):
+        loss(normal(25, 0), normal(25, 1), 0.1)
+    second.load_state_dict(first.state_dict())
+    for loss in (whole, second):
+        loss(normal(25, 2), normal(25, 3), 0.2)
+    assert second.codebook.ready
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+def test_the_temperature_anneals_from_the_start_of_the_codebook():
+    loss = QuantizationLoss(replace(CONFIG, start=0.6), 8)
+    assert [loss.tau(progress) for progress in (0.6, 0.8, 1.0)] == pytest.approx([2.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("wrong", [{"start": 1.0}, {"start": -0.1}, {"rank_codes": 1.1}, {"rank_codes": -0.5}])
+def test_shares_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"found quantization start .* and rank_codes .*; expected 0 <= start < 1"):
+        QuantizationLoss(replace(CONFIG, **wrong), 8)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_codewords_that_would_not_follow_are_refused(decay):
+    with pytest.raises(ValueError, match=f"found quantization decay {decay}; expected 0 <= decay < 1"):
+        QuantizationLoss(replace(CONFIG, decay=decay), 8)
+
+
+def test_the_codebook_alone_lowers_the_distortion(embeddings):
+    loss, (image, text) = build().train(), embeddings(64)
     first = loss(image, text, 0.0).terms["distortion"]
-    for _ in range(30):
-        optimiser.zero_grad()
-        loss(image.detach(), text.detach(), 0.0).loss.backward()
-        optimiser.step()
+    for _ in range(300):
+        loss(image.detach(), text.detach(), 0.0)
     assert loss(image, text, 0.0).terms["distortion"] < 0.8 * first
 
 

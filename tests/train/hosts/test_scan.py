@@ -1,0 +1,146 @@
+"""The cross-attending host against SCAN's equations written as loops."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from train.batches import Features
+from train.config import LocalConfig, ModelConfig, ScanConfig, SettingsError, TowerConfig
+from train.hosts import CrossAttentionHost, build_host
+from train.towers import Dims
+
+PARTS = Dims(0, (6,))
+TOWER = TowerConfig(vectors=(), parts=("x",))
+CONFIG = ModelConfig(host="scan", dim=8, scan=ScanConfig(words=5), image=TOWER, text=TOWER)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def features(rows, parts, real=None):
+    real = real or [parts] * rows
+    mask = torch.arange(parts) < torch.tensor(real)[:, None]
+    return Features(torch.empty(rows, 0), (torch.randn(rows, parts, 6),), (mask,))
+
+
+@torch.no_grad()
+def by_loops(image, text, scan):
+    """s of one image (K, D) and one caption (L, D), unit rows; SCAN, equations 1 to 9."""
+
+    def attend(queries, keys):
+        found = []
+        for query in queries:
+            scores = []
+            for key in keys:
+                length = math.sqrt(sum(max(0.0, float(key @ other)) ** 2 for other in queries) + 0.05**2)
+                scores.append(scan.attention * max(0.0, float(key @ query)) / length)
+            weights = torch.tensor(scores).softmax(0)
+            attended = (weights[:, None] * keys).sum(0)
+            found.append(float(query @ attended / attended.norm()))
+        if scan.pooling == "mean":
+            return sum(found) / len(found)
+        total = sum(math.exp(scan.sharpness * value) for value in found) / len(found)
+        return math.log(total) / scan.sharpness
+
+    both = {"t2i": attend(text, image), "i2t": attend(image, text)}
+    return both.get(scan.direction, (both["t2i"] + both["i2t"]) / 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+@pytest.mark.parametrize("pooling", ["mean", "lse"])
+def test_similarity_against_loops(direction, pooling):
+    scan = replace(CONFIG.scan, direction=direction, pooling=pooling)
+    model = build_host(replace(CONFIG, scan=scan), PARTS, PARTS)
+    counts = [4, 2, 1]
+    images, texts = model.embed_images(features(2, 3)), model.embed_texts(features(3, 4, counts))
+    found = model.similarity(images, texts)
+    for i in range(2):
+        for j, count in enumerate(counts):
+            expected = by_loops(images.parts[i], texts.parts[j, :count], scan)
+            assert float(found[i, j]) == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(model.distances(images, texts), 2 - 2 * found)
+    assert found.abs().max() <= 1 + 1e-6
+
+
+def test_captions_are_cut_and_padded_to_one_width():
+    model = build_host(CONFIG, PARTS, PARTS)
+    short, long = features(2, 3), features(2, 9)
+    assert model.embed_texts(short).parts.shape == model.embed_texts(long).parts.shape == (2, 5, 8)
+    cut = Features(long.vectors, (long.parts[0][:, :5],), (long.masks[0][:, :5],))
+    torch.testing.assert_close(model.embed_texts(long).parts, model.embed_texts(cut).parts)
+
+
+def test_an_empty_caption_is_like_nothing_and_gradients_stay_finite():
+    model = build_host(CONFIG, PARTS, PARTS)
+    images, texts = model.embed_images(features(2, 3)), model.embed_texts(features(2, 4, [0, 4]))
+    distances = model.distances(images, texts)
+    torch.testing.assert_close(distances[:, 0], torch.full((2,), 2.0))
+    distances.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_every_parameter_learns():
+    model = build_host(CONFIG, PARTS, PARTS)
+    model.distances(model.embed_images(features(2, 3)), model.embed_texts(features(2, 4))).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@torch.no_grad()
+def test_guidance_is_the_mean_attention_of_the_pair():
+    model = build_host(CONFIG, PARTS, PARTS)
+    x, y = features(2, 3), features(2, 7, [7, 2])
+    images, texts = model.image.encode(x, None), model.text.encode(y, None)
+    embedded = model.finish_images(images), model.finish_texts(texts)
+    over_parts, over_words = model.guidance(images, texts, embedded)
+    assert over_parts.shape == (2, 3)
+    assert over_words.shape == (2, 7)
+    torch.testing.assert_close(over_parts.sum(1), torch.ones(2))
+    torch.testing.assert_close(over_words.sum(1), torch.ones(2))
+    assert over_words[0, 5:].abs().max() == 0  # cut words
+    assert over_words[1, 2:].abs().max() == 0  # padding
+    i, words = 1, embedded[1].parts[1, :2]
+    weights = []
+    for word in words:
+        scores = []
+        for part in embedded[0].parts[i]:
+            length = math.sqrt(sum(max(0.0, float(part @ other)) ** 2 for other in words) + 0.05**2)
+            scores.append(9.0 * max(0.0, float(part @ word)) / length)
+        weights.append(torch.tensor(scores).softmax(0))
+    torch.testing.assert_close(over_parts[i], torch.stack(weights).mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_views_are_looked_at_together():
+    model = build_host(CONFIG, PARTS, PARTS)
+    one, two = model.embed_images(features(2, 3)), model.embed_images(features(2, 3))
+    assert model.mean_of_views([one, two]).parts.shape == (2, 6, 8)
+
+
+def test_erasing_runs_with_words_beyond_the_cut():
+    model = build_host(CONFIG, PARTS, PARTS)
+    _, _, erased = model(features(3, 4), features(3, 9), None, 1.0)
+    assert erased.text_kept.parts.shape == (3, 5, 8)
+    assert (erased.image_kept.mask ^ erased.image_dropped.mask).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "dims", "message"),
+    [
+        ({}, (Dims(4, (6,)), PARTS), "host scan compares parts and nothing else: set model.image.parts"),
+        ({}, (PARTS, Dims(0, (6,), (9,))), "empty model.text.vectors and model.text.bags"),
+        ({"local": LocalConfig(dim=4)}, (PARTS, PARTS), "no single vector to join a local space to"),
+        ({"scan": ScanConfig(words=0)}, (PARTS, PARTS), "words 0; expected all above 0"),
+    ],
+)
+def test_settings_without_meaning_are_refused(changes, dims, message):
+    with pytest.raises(SettingsError, match=message):
+        CrossAttentionHost(replace(CONFIG, **changes), *dims)
+
+
+def test_there_is_no_vector_to_index():
+    with pytest.raises(SettingsError, match=r"no vector to index or to search; take a run whose model\.host is vse"):
+        build_host(CONFIG, PARTS, PARTS).require_index()

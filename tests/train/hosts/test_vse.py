@@ -1,0 +1,128 @@
+"""The dual encoder: spaces, views, codebooks, the local half, erased views."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from train.batches import Features
+from train.config import LocalConfig, ModelConfig, SettingsError, TowerConfig
+from train.embeddings import Embeddings
+from train.hosts import DualEncoder, build_host
+from train.local import combine
+from train.towers import Dims
+
+VECTORS = Dims(8)
+PARTS = Dims(0, (6,))
+TOWER = TowerConfig(vectors=(), parts=("grid",))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def grid(rows=5, parts=4):
+    return Features(torch.empty(rows, 0), (torch.randn(rows, parts, 6),), (torch.ones(rows, parts, dtype=torch.bool),))
+
+
+def test_unit_sphere_or_free():
+    model = ModelConfig(dim=12, image=TowerConfig(width=16), text=TowerConfig(width=16))
+    x = Features(torch.randn(5, 8))
+    unit = DualEncoder(model, VECTORS, VECTORS)
+    torch.testing.assert_close(unit.embed_images(x).vector.norm(dim=1), torch.ones(5))
+    free = DualEncoder(replace(model, normalise=False), VECTORS, VECTORS)
+    assert (free.embed_images(x).vector.norm(dim=1) - 1).abs().max() > 1e-2
+    found = free.distances(free.embed_images(x), free.embed_texts(x))
+    expected = torch.cdist(free.embed_images(x).vector, free.embed_texts(x).vector).square()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_codebook_serves_both_towers():
+    tower = replace(TOWER, aggregator="netvlad", clusters=3)
+    model = DualEncoder(ModelConfig(dim=12, shared_codebook=True, image=tower, text=tower), PARTS, PARTS)
+    assert model.image.aggregator.codebook is model.text.aggregator.codebook
+    before = model.image.aggregator.codebook.centres.clone()
+    model.fit_inputs(grid(20), grid(20))
+    assert (model.image.aggregator.codebook.centres != before).any()
+
+
+def test_a_codebook_each():
+    tower = replace(TOWER, aggregator="netvlad", clusters=3)
+    model = DualEncoder(ModelConfig(dim=12, image=tower, text=tower), PARTS, PARTS)
+    assert model.image.aggregator.codebook is not model.text.aggregator.codebook
+    model.fit_inputs(grid(20), grid(20))
+
+
+def test_the_mean_of_views_is_a_unit_vector():
+    model = DualEncoder(ModelConfig(dim=2, image=TowerConfig(width=4), text=TowerConfig(width=4)), VECTORS, VECTORS)
+    views = [Embeddings.of(torch.tensor([[1.0, 0.0]])), Embeddings.of(torch.tensor([[0.0, 1.0]]))]
+    torch.testing.assert_close(model.mean_of_views(views).vector, torch.full((1, 2), 0.5**0.5))
+
+
+def local_model(share=0.25):
+    return DualEncoder(ModelConfig(dim=12, image=TOWER, text=TOWER, local=LocalConfig(4, 2, share)), PARTS, PARTS)
+
+
+def test_the_local_half_is_indexed_with_the_global_one():
+    model = local_model()
+    images, texts = model.embed_images(grid()), model.embed_texts(grid())
+    torch.testing.assert_close(images.local.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(model.index_vectors(images), combine(images.vector, images.local, 0.25))
+    score = model.index_vectors(images) @ model.index_vectors(texts).T
+    expected = 0.75 * images.vector @ texts.vector.T + 0.25 * images.local @ texts.local.T
+    torch.testing.assert_close(score, expected)
+    torch.testing.assert_close(model.distances(images, texts), 2 - 2 * images.vector @ texts.vector.T)  # losses
+    views = model.mean_of_views([images, texts])
+    torch.testing.assert_close(views.local.norm(dim=1), torch.ones(5))
+
+
+def test_the_share_is_stored_with_the_model():
+    model, other = local_model(0.25), local_model(0.5)
+    other.load_state_dict(model.state_dict())
+    assert float(other.share) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("image", "changes"), [(VECTORS, {"image": TowerConfig()}), (PARTS, {"normalise": False})], ids=["vectors", "free"]
+)
+def test_a_local_space_needs_unit_vectors_and_parts(image, changes):
+    config = ModelConfig(**{"dim": 12, "image": TOWER, "text": TOWER, "local": LocalConfig(dim=4), **changes})
+    with pytest.raises(SettingsError, match="a local space attends over parts"):
+        DualEncoder(config, image, PARTS)
+
+
+@torch.no_grad()
+def test_erased_views_keep_what_the_partner_attends_to():
+    model = DualEncoder(ModelConfig(dim=12, image=TOWER, text=TOWER), PARTS, PARTS).eval()
+    x, y = grid(), grid()
+    image, text, erased = model(x, y, None, 1.0)
+    parts = model.image.encode(x, None).parts
+    for row in range(5):
+        scores = [float(parts[row, k] @ text.vector[row]) / 12**0.5 for k in range(4)]
+        weights = torch.tensor(scores).softmax(0)
+        stay = [k for k in range(4) if weights[k] >= weights.mean()]
+        go = [k for k in range(4) if k not in stay]
+        assert 0 < len(stay) < 4
+        for kept, view in ((stay, erased.image_kept), (go, erased.image_dropped)):
+            alone = Features(
+                x.vectors[row : row + 1], (x.parts[0][row : row + 1, kept],), (torch.ones(1, len(kept)).bool(),)
+            )
+            torch.testing.assert_close(view.vector[row], model.embed_images(alone).vector[0])
+    assert erased.image_partial.all()
+    assert model(x, y)[2] is None  # off at evaluation
+    everything = model(x, y, None, 0.0)[2]
+    torch.testing.assert_close(everything.image_kept.vector, image.vector)
+    assert not everything.image_partial.any()
+    assert not everything.text_partial.any()
+
+
+def test_erasing_needs_parts():
+    model = DualEncoder(ModelConfig(dim=12, text=TOWER), VECTORS, PARTS)
+    with pytest.raises(SettingsError, match="erasing needs parts of images and of captions"):
+        model(Features(torch.randn(5, 8)), grid(), None, 1.0)
+
+
+def test_unknown_hosts_are_refused():
+    with pytest.raises(SettingsError, match="found host 'clip'; expected vse or scan"):
+        build_host(ModelConfig(host="clip"), VECTORS, VECTORS)

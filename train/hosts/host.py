@@ -1,0 +1,109 @@
+"""What all hosts share: two towers, embeddings of both modalities, and a squared distance between them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from train.batches import Features
+from train.config import ModelConfig, SettingsError
+from train.embeddings import Embeddings, Erased
+from train.losses.erasing import attended
+from train.noise import Noise
+from train.towers import Encoded, Tower
+
+
+class Host(nn.Module):
+    """Two towers that meet.
+
+    Attributes:
+        config: of the model.
+        image: tower of images.
+        text: tower of captions.
+        indexable: whether an image is one vector whose distance to a caption's vector ranks it.
+    """
+
+    image: Tower
+    text: Tower
+    indexable: bool
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def finish_images(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
+        """Embeddings from what the image tower encoded; of the parts in `mask` (N, K) only, if one is given."""
+        raise NotImplementedError
+
+    def finish_texts(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
+        """Embeddings from what the text tower encoded; of the parts in `mask` (N, K) only, if one is given."""
+        raise NotImplementedError
+
+    def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
+        """Squared distances (N, M) of N images to M captions, for losses; -d² is the score."""
+        raise NotImplementedError
+
+    def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
+        """Attention of each pair's caption over the image's parts (B, K), and of its image over the words (B, L).
+
+        Args:
+            image: B encoded images.
+            text: their B encoded captions.
+            embedded: the embeddings of both.
+        """
+        raise NotImplementedError
+
+    def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:
+        """One embedding of images from those of their views."""
+        raise NotImplementedError
+
+    def index_vectors(self, embeddings: Embeddings) -> Tensor:
+        """The vectors (N, E') that are indexed and measured, of an indexable host; squared distances rank."""
+        raise NotImplementedError
+
+    def require_index(self) -> None:
+        """Refuse a host without vectors.
+
+        Raises:
+            SettingsError: the host compares parts.
+        """
+        if not self.indexable:
+            raise SettingsError(
+                f"host {self.config.host} compares every query with the parts of every image, so there is no vector "
+                "to index or to search; take a run whose model.host is vse"
+            )
+
+    def embed_images(self, features: Features, noise: Noise | None = None) -> Embeddings:
+        """Embeddings of N images, float32."""
+        return self.finish_images(self.image.encode(features, noise))
+
+    def embed_texts(self, features: Features, noise: Noise | None = None) -> Embeddings:
+        """Embeddings of N captions, float32."""
+        return self.finish_texts(self.text.encode(features, noise))
+
+    def forward(
+        self, image: Features, text: Features, noise: Noise | None = None, keep: float | None = None
+    ) -> tuple[Embeddings, Embeddings, Erased | None]:
+        """Embeddings of a batch of pairs, and their erased views if `keep`, the threshold γ of erasing, is given."""
+        images, texts = self.image.encode(image, noise), self.text.encode(text, noise)
+        embedded = self.finish_images(images), self.finish_texts(texts)
+        if keep is None:
+            return *embedded, None
+        with torch.no_grad():
+            over_parts, over_words = self.guidance(images, texts, embedded)
+            parts, words = attended(over_parts, images.mask, keep), attended(over_words, texts.mask, keep)
+            other_parts, other_words = images.mask & ~parts, texts.mask & ~words
+        erased = Erased(
+            self.finish_images(images, parts),
+            self.finish_images(images, other_parts),
+            self.finish_texts(texts, words),
+            self.finish_texts(texts, other_words),
+            other_parts.any(1),
+            other_words.any(1),
+        )
+        return *embedded, erased
+
+    def fit_inputs(self, image: Features, text: Features) -> None:
+        """Take statistics of training rows of both modalities."""
+        self.image.fit_inputs(image)
+        self.text.fit_inputs(text)

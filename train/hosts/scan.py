@@ -1,0 +1,150 @@
+"""The `scan` host: every word looks at an image's parts, and every part at the words (SCAN, Lee et al., ECCV 2018).
+
+With unit parts v_k and unit words e_l, s_kl = v_k·e_l. Text to image (equations 6 to 9), for each word l:
+
+    s̄_kl = [s_kl]₊ / ‖[s_k·]₊‖ over words,   α_kl = softmax_k(λ₁ s̄_kl),   a_l = Σ_k α_kl v_k,   R_l = cos(e_l, a_l)
+
+Image to text (equations 1 to 4) swaps the roles. The similarity is the mean of R over words (parts), or
+log-mean-exp(λ₂ R) / λ₂: a mean where the paper takes a sum, so that it stays in [-1, 1] whatever the number of words.
+d² = 2 - 2 s, as for unit vectors.
+
+Attended vectors are never built: e_l·a_l = Σ_k α_kl s_kl and ‖a_l‖² = α_lᵀ G α_l with G = V Vᵀ, so N images against M
+captions need one matrix product and a few passes over (N, K, M, L) numbers instead of (N, M, L, D).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.config import ModelConfig, SettingsError
+from train.embeddings import Embeddings
+from train.hosts.host import Host
+from train.towers import Dims, Encoded, Tower
+
+_TINY = 1e-8
+_FLOOR = 0.05
+"""Added to the length below s̄, in squares: where hardly anything is positive, s̄ must not jump from 0 to 1."""
+
+
+class CrossAttentionHost(Host):
+    """Two towers whose parts are compared with each other: no index, evaluation in tiles.
+
+    Args:
+        config: of the model.
+        image: widths of the image features; parts only.
+        text: widths of the caption features; parts only.
+
+    Raises:
+        SettingsError: a tower without parts, or with something else.
+    """
+
+    indexable = False
+
+    def __init__(self, config: ModelConfig, image: Dims, text: Dims) -> None:
+        super().__init__(config)
+        for name, dims in (("image", image), ("text", text)):
+            if not dims.parts or dims.vectors or dims.words:
+                raise SettingsError(
+                    f"host scan compares parts and nothing else: set model.{name}.parts (grid or cells of images, "
+                    f"tokens of captions) and empty model.{name}.vectors and model.{name}.bags"
+                )
+        if config.local.dim:
+            raise SettingsError("host scan has no single vector to join a local space to; set model.local.dim 0")
+        if config.scan.attention <= 0 or config.scan.sharpness <= 0 or config.scan.words < 1:
+            raise SettingsError(
+                f"found scan attention {config.scan.attention}, sharpness {config.scan.sharpness}, words "
+                f"{config.scan.words}; expected all above 0"
+            )
+        self.image = Tower(config.image, config.dim, image, pooled=False)
+        self.text = Tower(config.text, config.dim, text, pooled=False)
+
+    def finish_images(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
+        """See `Host.finish_images`."""
+        return _parts(encoded.parts, encoded.mask if mask is None else mask)
+
+    def finish_texts(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
+        """See `Host.finish_texts`; captions are cut or padded to `scan.words` parts."""
+        room = self.config.scan.words - encoded.parts.shape[1]
+        mask = encoded.mask if mask is None else mask
+        return _parts(F.pad(encoded.parts, (0, 0, 0, room)), F.pad(mask, (0, room)))  # a negative pad cuts
+
+    def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
+        """2 - 2 s for N images and M captions: (N, M) in [0, 4]. Memory grows with N·K·M·L."""
+        return 2.0 - 2.0 * self.similarity(image, text)
+
+    def similarity(self, image: Embeddings, text: Embeddings) -> Tensor:
+        """The score s (N, M): text to image, image to text, or the mean of both, as `scan.direction` says."""
+        parts, words = image.parts, text.parts  # (N, K, D), (M, L, D)
+        dots = (parts.flatten(0, 1) @ words.flatten(0, 1).T).view(*parts.shape[:2], *words.shape[:2])  # (N, K, M, L)
+        found = []
+        if self.config.scan.direction in ("t2i", "both"):
+            found.append(self._attend(dots, parts, image.mask, text.mask))
+        if self.config.scan.direction in ("i2t", "both"):
+            found.append(self._attend(dots.permute(2, 3, 0, 1), words, text.mask, image.mask).T)
+        return torch.stack(found).mean(0)
+
+    def _attend(self, dots: Tensor, keys: Tensor, key_mask: Tensor, query_mask: Tensor) -> Tensor:
+        """Similarity (N, M) where each of M items' Q queries attends over each of N items' K keys.
+
+        Args:
+            dots: (N, K, M, Q) products of unit keys and unit queries, 0 at masked ones.
+            keys: (N, K, D) unit.
+            key_mask: (N, K).
+            query_mask: (M, Q).
+        """
+        weights = self.attention(dots, key_mask)  # (N, K, M, Q)
+        toward = (weights * dots).sum(1)  # (N, M, Q) query · attended
+        gram = keys @ keys.mT  # (N, K, K)
+        flat = weights.flatten(2)  # (N, K, M·Q)
+        squared = ((gram @ flat) * flat).sum(1).view_as(toward)
+        cosine = toward * squared.clamp_min(_TINY).rsqrt()
+        count = query_mask.sum(1).clamp_min(1)  # (M,)
+        if self.config.scan.pooling == "mean":
+            return (cosine * query_mask).sum(2) / count
+        sharpness = self.config.scan.sharpness
+        lowest = torch.finfo(cosine.dtype).min
+        total = torch.logsumexp((sharpness * cosine).masked_fill(~query_mask, lowest), 2)
+        pooled = (total - count.log()) / sharpness
+        return pooled.masked_fill(~query_mask.any(1), 0.0)
+
+    def attention(self, dots: Tensor, key_mask: Tensor) -> Tensor:
+        """Attention over keys (N, K, M, Q), summing to 1 over K; see the file's docstring."""
+        positive = dots.clamp_min(0.0)
+        length = (positive.square().sum(3, keepdim=True) + _FLOOR**2).sqrt()
+        scores = self.config.scan.attention * positive / length
+        lowest = torch.finfo(scores.dtype).min
+        return scores.masked_fill(~key_mask[:, :, None, None], lowest).softmax(1)
+
+    def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
+        """Mean over the pair's words of their attention to parts, and the reverse; see `Host.guidance`."""
+        parts, words = embedded[0], embedded[1]
+        dots = (parts.parts @ words.parts.mT)[:, :, None]  # (B, K, 1, L), each image with its caption
+        over_parts = _mean_attention(self.attention(dots, parts.mask), words.mask)
+        over_words = _mean_attention(self.attention(dots.permute(0, 3, 2, 1), words.mask), parts.mask)
+        length = text.mask.shape[1]
+        over_words = F.pad(over_words, (0, length - over_words.shape[1]))  # words that were cut get no attention
+        return over_parts * image.mask, over_words * text.mask
+
+    def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:
+        """All views' parts: every word may look at each of them."""
+        return Embeddings(
+            views[0].vector,
+            views[0].local,
+            torch.cat([view.parts for view in views], 1),
+            torch.cat([view.mask for view in views], 1),
+        )
+
+
+def _parts(parts: Tensor, mask: Tensor) -> Embeddings:
+    """Unit parts, zeros where masked."""
+    unit = F.normalize(parts.float(), dim=-1) * mask[..., None]
+    rows = len(parts)
+    return Embeddings(unit.new_zeros(rows, 0), unit.new_zeros(rows, 0), unit, mask)
+
+
+def _mean_attention(weights: Tensor, query_mask: Tensor) -> Tensor:
+    """Mean over the real queries of (B, K, 1, Q) attention: (B, K)."""
+    masked = weights.squeeze(2) * query_mask[:, None, :]
+    return masked.sum(2) / query_mask.sum(1, keepdim=True).clamp_min(1)

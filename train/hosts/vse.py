@@ -1,0 +1,121 @@
+"""The `vse` host: a dual encoder, one vector an image and one a caption (VSE++, Faghri et al., BMVC 2018)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.aggregators import NetVLAD
+from train.batches import Features
+from train.config import ModelConfig, SettingsError
+from train.embeddings import Embeddings
+from train.hosts.host import Host
+from train.local import ConceptQueries, combine
+from train.losses.distances import squared_distances
+from train.quantize import PartCodebook
+from train.towers import Dims, Encoded, Tower
+
+
+class DualEncoder(Host):
+    """Two towers and one space; with `local.dim` a second, local space beside it (HIER).
+
+    Args:
+        config: of the model.
+        image: widths of the image features.
+        text: widths of the caption features.
+
+    Raises:
+        SettingsError: a local space without parts or without unit embeddings.
+    """
+
+    indexable = True
+    share: Tensor
+
+    def __init__(self, config: ModelConfig, image: Dims, text: Dims) -> None:
+        super().__init__(config)
+        codebook = PartCodebook(config.image.clusters, config.dim) if config.shared_codebook else None
+        self.image = Tower(config.image, config.dim, image, codebook)
+        self.text = Tower(config.text, config.dim, text, codebook)
+        self.image_local: ConceptQueries | None = None
+        self.text_local: ConceptQueries | None = None
+        if config.local.dim:
+            if not image.parts or not text.parts or not config.normalise:
+                raise SettingsError(
+                    "a local space attends over parts of images and of captions, and joins unit vectors: set "
+                    "model.image.parts (grid, cells), model.text.parts (tokens) and model.normalise, "
+                    "or model.local.dim 0"
+                )
+            self.image_local = ConceptQueries(config.dim, config.local.queries, config.local.dim)
+            self.text_local = ConceptQueries(config.dim, config.local.queries, config.local.dim)
+            self.register_buffer("share", torch.tensor(config.local.share))
+
+    def _finish(self, vector: Tensor) -> Tensor:
+        return F.normalize(vector.float(), dim=-1) if self.config.normalise else vector.float()
+
+    def _embeddings(
+        self, tower: Tower, queries: ConceptQueries | None, encoded: Encoded, mask: Tensor | None
+    ) -> Embeddings:
+        vector = self._finish(tower.pool(encoded, mask))
+        if queries is None:
+            return Embeddings.of(vector)
+        local = queries(encoded.parts, encoded.mask if mask is None else mask)
+        return Embeddings.of(vector, F.normalize(local.float(), dim=-1))
+
+    def finish_images(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
+        """See `Host.finish_images`."""
+        return self._embeddings(self.image, self.image_local, encoded, mask)
+
+    def finish_texts(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
+        """See `Host.finish_texts`."""
+        return self._embeddings(self.text, self.text_local, encoded, mask)
+
+    def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
+        """Squared distances (N, M) of the global vectors."""
+        return squared_distances(image.vector, text.vector)
+
+    def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
+        """Softmax over parts of x_k·e / √E, e being the partner's vector; see `Host.guidance`.
+
+        Raises:
+            SettingsError: a modality has no parts.
+        """
+        if not self.image.parts or not self.text.parts:
+            raise SettingsError(
+                "erasing needs parts of images and of captions: set model.image.parts (grid, cells) and "
+                "model.text.parts (tokens), or objective.erasing.weight 0"
+            )
+
+        def attention(own: Encoded, partner: Embeddings) -> Tensor:
+            scores = (own.parts.float() @ partner.vector[..., None]).squeeze(2) / math.sqrt(own.parts.shape[2])
+            return scores.masked_fill(~own.mask, torch.finfo(scores.dtype).min).softmax(1) * own.mask
+
+        return attention(image, embedded[1]), attention(text, embedded[0])
+
+    def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:
+        """Means of both halves, of unit length again where the model normalises."""
+        vector = self._finish(torch.stack([view.vector for view in views]).mean(0))
+        if self.image_local is None:
+            return Embeddings.of(vector)
+        return Embeddings.of(vector, F.normalize(torch.stack([view.local for view in views]).mean(0), dim=-1))
+
+    def index_vectors(self, embeddings: Embeddings) -> Tensor:
+        """(N, E), or (N, E + L) with a local space, weighted by its share."""
+        if self.image_local is None:
+            return embeddings.vector
+        return combine(embeddings.vector, embeddings.local, float(self.share))
+
+    def fit_inputs(self, image: Features, text: Features) -> None:
+        """Take statistics of training rows of both modalities, then place netvlad centres among their parts."""
+        super().fit_inputs(image, text)
+        samples: dict[NetVLAD, Tensor] = {}
+        for tower, features in ((self.image, image), (self.text, text)):
+            if isinstance(tower.aggregator, NetVLAD):
+                parts, mask = tower.project_parts(features)
+                samples[tower.aggregator] = parts[mask]
+        if self.config.shared_codebook:
+            next(iter(samples)).initialise(torch.cat(list(samples.values())))
+        else:
+            for aggregator, sample in samples.items():
+                aggregator.initialise(sample)
