@@ -9,6 +9,7 @@ batches ready made. The time is wall time per step; the ratio is what the cache 
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -96,7 +97,8 @@ def measure(repeats: int, *, parts: bool) -> dict[str, float]:
 
         def step(batch: Batch) -> None:
             size = len(batch.image_ids)
-            image, text, _ = state.model(batch.image, batch.text, Noise(0, 0, size, slice(0, size)))
+            noise = Noise(0, 0, size, slice(0, size))
+            image, text, _ = state.model(batch.image, batch.text, batch.owner, (noise, noise))
             ids = batch.image_ids
             pairs = Pairs(image, text, ids, batch.semantic, targets.concepts[ids], targets.labels[ids], ids)
             loss, _ = state.objective(pairs, 0.5, state.model.distances)
@@ -107,11 +109,10 @@ def measure(repeats: int, *, parts: bool) -> dict[str, float]:
         def from_cache() -> Iterator[Batch]:
             epoch = 0
             while True:
-                for rows, views in schedule.epoch(epoch):
-                    yield reader.batch(rows, views)
+                yield from map(reader.batch, schedule.epoch(epoch))
                 epoch += 1
 
-        ready = [reader.batch(rows, views) for (rows, views), _ in zip(schedule.epoch(0), range(BLOCK), strict=False)]
+        ready = list(map(reader.batch, itertools.islice(schedule.epoch(0), BLOCK)))
         cached = prefetch(from_cache())
         times: dict[str, list[float]] = {"cache": [], "memory": []}
         for _ in range(repeats + 1):

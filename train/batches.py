@@ -56,23 +56,26 @@ class Features:
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's slice of a step: b pairs.
+    """One worker's slice of a step: b captions and their g images, of which each may have several.
 
     Attributes:
-        image: features of the pairs' images.
-        text: features of the pairs' captions.
+        image: features of the g images.
+        text: features of the b captions.
+        owner: (b,) int64, which of the g images each caption belongs to.
         image_ids: (b,) int64 image rows.
         semantic: (b, S) unit sentence vectors, or S = 0.
     """
 
     image: Features
     text: Features
+    owner: Tensor
     image_ids: Tensor
     semantic: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device."""
-        return Batch(self.image.to(device), self.text.to(device), self.image_ids.to(device), self.semantic.to(device))
+        rest = (self.owner.to(device), self.image_ids.to(device), self.semantic.to(device))
+        return Batch(self.image.to(device), self.text.to(device), *rest)
 
 
 @dataclass(frozen=True)
@@ -314,11 +317,18 @@ class FeatureReader:
         assert self._semantic is not None, "Inputs.of names a sentence column where compares_captions is true"
         return self._semantic.gather(captions)
 
-    def batch(self, captions: Array, views: Array) -> Batch:
-        """Pairs of caption rows (b,) and their images in the views (b,) asked for."""
-        images = self.caption_image[captions]
-        semantic = self._semantic.gather(captions) if self._semantic else np.empty((len(captions), 0), np.float16)
-        return Batch(self.images(images, views), self.texts(captions), torch.from_numpy(images), _tensor(semantic))
+    def batch(self, draw: "Draw") -> Batch:
+        """The drawn captions and their images."""
+        images = self.caption_image[draw.captions]
+        first = np.searchsorted(draw.owner, np.arange(len(draw.views)))
+        semantic = self._semantic.gather(draw.captions) if self._semantic else np.empty((len(images), 0), np.float16)
+        return Batch(
+            self.images(images[first], draw.views),
+            self.texts(draw.captions),
+            torch.from_numpy(draw.owner),
+            torch.from_numpy(images),
+            _tensor(semantic),
+        )
 
 
 def _dims(vectors: Sequence[Column], parts: Sequence[Column]) -> tuple[int, tuple[int, ...]]:
@@ -352,24 +362,61 @@ def _side_by_side(values: Sequence[Array], rows: int) -> Tensor:
     return torch.cat([_tensor(value) for value in values], 1) if values else torch.empty(rows, 0)
 
 
-def epoch_order(caption_image: Array, seed: int, epoch: int) -> Array:
+@dataclass(frozen=True)
+class Draw:
+    """Which rows are taken together: B captions of G images.
+
+    Attributes:
+        captions: (B,) caption rows; those of one image stand side by side.
+        owner: (B,) ascending, which of the G images each belongs to.
+        views: (G,) the view of each image.
+    """
+
+    captions: Array
+    owner: Array
+    views: Array
+
+    def slices(self, workers: int) -> list[tuple[slice, slice]]:
+        """What each worker has of the images and of the captions; shares differ by at most one image."""
+        dealt = worker_slices(len(self.views), workers)
+        ends = np.searchsorted(self.owner, [part.stop for part in dealt])
+        return [
+            (part, slice(int(start), int(end))) for part, start, end in zip(dealt, [0, *ends[:-1]], ends, strict=True)
+        ]
+
+    def part(self, images: slice, captions: slice) -> "Draw":
+        """One of its slices."""
+        return Draw(self.captions[captions], self.owner[captions] - images.start, self.views[images])
+
+    def permuted(self, order: Array) -> "Draw":
+        """Its pairs in another order, where every image has one caption."""
+        return Draw(self.captions[order], self.owner, self.views[order])
+
+
+def epoch_order(caption_image: Array, seed: int, epoch: int, together: int = 1) -> tuple[Array, Array]:
     """The order of an epoch over captions: a permutation of range(M) that depends on (seed, epoch) alone.
 
-    Round r takes every image's r-th caption (in an order of the image's own), images shuffled anew in each round, so
-    that nearly every batch shows each image once, whatever the number of captions an image has.
+    Round r takes the r-th `together` captions of every image (in an order of the image's own), images shuffled anew in
+    each round, so that nearly every batch shows each image once, whatever the number of captions an image has.
 
     Args:
         caption_image: (M,) image row of each caption.
         seed: of the run.
         epoch: from 0.
+        together: captions of an image that stay side by side; fewer in its last round.
+
+    Returns:
+        The permutation (M,), and for each of its places the number (M,) of the group that stays together, ascending.
     """
     rng = np.random.default_rng([seed, epoch])
     count = len(caption_image)
     by_image = np.lexsort((rng.random(count), caption_image))
     sorted_images = caption_image[by_image]
-    firsts = np.searchsorted(sorted_images, sorted_images)
-    rounds = np.arange(count) - firsts
-    return by_image[np.lexsort((rng.random(count), rounds))]
+    place = np.arange(count) - np.searchsorted(sorted_images, sorted_images)  # among the image's captions
+    leader = np.arange(count) - place % together  # the group's first caption
+    order = np.lexsort((rng.random(count)[leader], place // together))
+    group = np.cumsum(np.diff(leader[order], prepend=-1) != 0) - 1
+    return by_image[order], group
 
 
 @dataclass(frozen=True)
@@ -379,9 +426,10 @@ class Schedule:
     Attributes:
         captions: (M,) caption rows of the train split.
         caption_image: (M,) their image rows.
-        batch: pairs in the global batch.
+        batch: captions in the global batch, about; exactly, if `together` is 1.
         views: number of views to choose from.
         seed: of the run.
+        together: captions of an image that a step takes at once.
     """
 
     captions: Array
@@ -389,20 +437,23 @@ class Schedule:
     batch: int
     views: int
     seed: int
+    together: int = 1
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        """Steps in an epoch; batches differ in size by at most one pair, so that every caption is used once."""
-        return -(-len(self.captions) // self.batch)
+        """Steps in an epoch; they differ in size by at most one image, so that every caption is used once."""
+        _, counts = np.unique(self.caption_image, return_counts=True)
+        groups = int((-(-counts // self.together)).sum())
+        return -(-groups // max(1, self.batch // self.together))
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Array, Array]]:
-        """Caption rows (b,) and image views (b,) of each global batch."""
-        order = epoch_order(self.caption_image, self.seed, epoch)
-        views = np.random.default_rng([self.seed, epoch, 1]).integers(0, self.views, len(order))
-        chunks = zip(np.array_split(order, self.steps), np.array_split(views, self.steps), strict=True)
-        for step, (rows, chosen) in enumerate(chunks):
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Draw]:
+        """The global batches."""
+        order, group = epoch_order(self.caption_image, self.seed, epoch, self.together)
+        views = np.random.default_rng([self.seed, epoch, 1]).integers(0, self.views, group[-1] + 1)
+        for step, groups in enumerate(np.array_split(np.arange(len(views)), self.steps)):
             if step >= first_step:
-                yield self.captions[rows], chosen
+                first, end = np.searchsorted(group, [groups[0], groups[-1] + 1])
+                yield Draw(self.captions[order[first:end]], group[first:end] - groups[0], views[groups])
 
 
 def worker_slices(total: int, workers: int) -> list[slice]:

@@ -263,7 +263,10 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     epochs: int = field(default=30, metadata={"help": "passes over the captions; each is used once an epoch"})
-    batch: int = field(default=256, metadata={"help": "pairs in the global batch, whatever the number of workers"})
+    batch: int = field(default=256, metadata={"help": "captions in the global batch, whatever the number of workers"})
+    captions_per_image: int = field(
+        default=1, metadata={"help": "captions of an image that a step takes together, so that it is embedded once"}
+    )
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay"})
     warmup: float = field(default=0.05, metadata={"help": "share of the steps in which the rate rises"})

@@ -2,11 +2,9 @@
 
 import functools
 import json
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,69 +13,11 @@ import torch
 from tqdm import tqdm
 
 from featurize.extract import WORKER_ENV
-from featurize.shards import publish, temporary_name
+from featurize.shards import publish
 from train.batches import FeatureReader
+from train.checkpoints import Checkpoints
 from train.loop import Progress, Work, feature_dims, train_worker
 from train.state import open_model, read_state, save_model
-
-
-class LocalCheckpoints:
-    """Checkpoints as folders `checkpoint-<step>`; each appears whole, the last two are kept.
-
-    Args:
-        folder: that holds them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def folders(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(self.folder.glob("checkpoint-*"))
-
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        """The last one, or None."""
-        folders = self.folders()
-        yield folders[-1] if folders else None
-
-    def save(self, write: Callable[[Path], None], metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002 - the protocol's
-        """Write beside, rename, remove what is too old."""
-        target = self.folder / f"checkpoint-{step:09d}"
-        temporary = temporary_name(target)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        temporary.rename(target)
-        for old in self.folders()[:-2]:
-            shutil.rmtree(old)
-
-
-class RayCheckpoints:
-    """Checkpoints kept by Ray Train, which hands the last one to restarted workers."""
-
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        """The last one, or None."""
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-    def save(self, write: Callable[[Path], None], metrics: Mapping[str, float], step: int) -> None:
-        """Report from every worker, with state from rank 0."""
-        import ray.train
-
-        values = {**metrics, "step": step}
-        if ray.train.get_context().get_world_rank() != 0:
-            ray.train.report(values)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            ray.train.report(values, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 class ProgressFile:
@@ -160,10 +100,10 @@ def _told_as_raised() -> Iterator[None]:
         raise
 
 
-def _ray_worker(work: Work, progress: Path) -> None:
+def _ray_worker(work: Work, checkpoints: Checkpoints, progress: Path) -> None:
     import ray.train.torch
 
-    train_worker(work, RayCheckpoints(), ray.train.torch.get_device(), functools.partial(ProgressFile, progress))
+    train_worker(work, checkpoints, ray.train.torch.get_device(), functools.partial(ProgressFile, progress))
 
 
 def _plain_bar(total: int, done: int) -> Progress:
@@ -202,27 +142,25 @@ def fit(work: Work, folder: Path) -> Fitted:
 
     Args:
         work: what to do.
-        folder: the run's; holds `checkpoints/` (plain) or `ray/` (Ray Train).
+        folder: the run's, holds `checkpoints/`; workers on other nodes must reach it by the same path.
 
     Raises:
         ray.train.TrainingFailedError: workers were lost more often than `max_failures`.
         Exception: what a worker's code raised, if it did so every time.
     """
     config = work.config
+    folder = folder.absolute()
+    checkpoints = Checkpoints(folder / "checkpoints")
     if config.workers == 0:
-        checkpoints = LocalCheckpoints(folder / "checkpoints")
         device = torch.device("cuda" if config.gpu else "cpu")
         train_worker(work, checkpoints, device, _plain_bar)
-        with checkpoints.latest() as last:
-            assert last is not None
-            state = read_state(last)
     else:
         import ray.train
         from ray.train.torch import TorchTrainer
 
         cpus = min(config.cpus_per_worker, max(1, int(_cluster_cpus()) // config.workers))
         trainer = TorchTrainer(
-            functools.partial(_ray_worker, work, folder.absolute() / "progress.json"),
+            functools.partial(_ray_worker, work, checkpoints, folder / "progress.json"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpu,
@@ -230,18 +168,17 @@ def fit(work: Work, folder: Path) -> Fitted:
             ),
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
                 name="ray",
-                storage_path=str(folder.absolute()),
+                storage_path=str(folder),
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
                 worker_runtime_env={"env_vars": {**WORKER_ENV, "OMP_NUM_THREADS": str(cpus)}},
             ),
         )
         with _drawn(folder / "progress.json"), _told_as_raised():
-            result = trainer.fit()
-        assert result.checkpoint is not None
-        with result.checkpoint.as_directory() as last:
-            state = read_state(Path(last))
+            trainer.fit()
+    last = checkpoints.latest()
+    assert last is not None
+    state = read_state(last)
     reader = FeatureReader(work.inputs)
     save_model(
         folder / "model",

@@ -7,10 +7,8 @@ changes the speed and nothing else.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +20,8 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featurize.shards import Array
-from train.batches import Batch, FeatureReader, Inputs, Schedule, prefetch, worker_slices
+from train.batches import Batch, Draw, FeatureReader, Inputs, Schedule, prefetch
+from train.checkpoints import Checkpoints
 from train.config import SettingsError, TrainConfig
 from train.distributed import average_gradients, gather_embeddings, gather_erased, gather_rows, world
 from train.embeddings import Embeddings, Pairs
@@ -44,16 +43,6 @@ Log = Callable[[Mapping[str, float], int], None]
 
 class DivergenceError(ArithmeticError):
     """The loss is not finite any more; the message holds its terms."""
-
-
-class Checkpoints(Protocol):
-    """Where state goes and comes from; every worker calls both, rank 0 writes."""
-
-    def latest(self) -> AbstractContextManager[Path | None]:
-        """The folder of the last checkpoint, or None."""
-
-    def save(self, write: Callable[[Path], None], metrics: Mapping[str, float], step: int) -> None:
-        """Keep what `write` puts into a folder."""
 
 
 class Progress(Protocol):
@@ -187,15 +176,15 @@ def train_worker(
     """
     trainer = _Trainer(work, device)
     state, epochs = trainer.state, work.config.epochs
-    with checkpoints.latest() as folder:
-        if folder is not None:
-            state.load(folder)
+    if (folder := checkpoints.latest()) is not None:
+        state.load(folder)
     bar = progress(trainer.total, state.step) if trainer.rank == 0 else None
     begun = time.monotonic() - state.seconds
 
-    def save(metrics: Mapping[str, float]) -> None:
+    def save() -> None:
         state.seconds = time.monotonic() - begun
-        checkpoints.save(state.save, metrics, state.step)
+        if trainer.rank == 0:
+            checkpoints.save(state.save, state.step)
 
     try:
         while not state.stopped:
@@ -205,13 +194,13 @@ def train_worker(
                     bar.update(1)
                 between = step % trainer.schedule.steps and work.config.checkpoint_steps
                 if between and step % between == 0:
-                    save({"epoch": float(epoch)})
+                    save()
             metrics = trainer.validate(epoch)
             if bar is not None:
                 bar.set_description(
                     f"train: epoch {epoch + 1}/{epochs}, val rSum {metrics['rsum']:.1f} (best {state.best:.1f})"
                 )
-            save({**metrics, "epoch": float(epoch)})
+            save()
     finally:
         if bar is not None:
             bar.close()
@@ -222,15 +211,15 @@ class _Step:
     """What a step takes.
 
     Attributes:
-        captions: (B,) caption rows of the global batch.
-        mixed: (B,) caption rows that they are mixed with; `captions` without mixup.
-        slices: the part of the global batch that each worker has.
+        draw: the global batch: B captions of G images.
+        mixed: (B,) caption rows that they are mixed with; the captions themselves without mixup.
+        slices: of the images and of the captions, that each worker has.
         batch: this worker's part.
     """
 
-    captions: Array
+    draw: Draw
     mixed: Array
-    slices: list[slice]
+    slices: list[tuple[slice, slice]]
     batch: Batch
 
 
@@ -242,14 +231,16 @@ class _Trainer:
         self.work = work
         self.device = device
         self.rank, workers = world()
-        if config.batch < workers:
+        together = config.captions_per_image
+        if together < 1 or config.batch // together < workers:
             raise SettingsError(
-                f"a batch of {config.batch} pairs cannot be dealt to {workers} workers; raise --train.batch"
+                f"a batch of {config.batch} captions, {together} of an image, cannot be dealt to {workers} workers; "
+                "raise --train.batch, or set --train.captions_per_image 1"
             )
         self.reader = FeatureReader(work.inputs)
         _, captions = self.reader.split(work.split)
         owner = self.reader.caption_image[captions]
-        self.schedule = Schedule(captions, owner, config.batch, self.reader.views, config.seed)
+        self.schedule = Schedule(captions, owner, config.batch, self.reader.views, config.seed, together)
         self.total = config.epochs * self.schedule.steps
         self.targets = Targets.of(self.reader, work.split, config.objective, config.seed)
         self.mixup = Mixup(config.mixup, config.seed) if config.mixup else None
@@ -274,42 +265,49 @@ class _Trainer:
 
     def _steps(self, epoch: int, first_step: int) -> "Iterator[_Step]":
         number = epoch * self.schedule.steps + first_step
-        for captions, views in self.schedule.epoch(epoch, first_step):
-            slices = worker_slices(len(captions), world()[1])
+        for draw in self.schedule.epoch(epoch, first_step):
+            slices = draw.slices(world()[1])
             own = slices[self.rank]
-            batch, mixed = self.reader.batch(captions[own], views[own]), captions
+            batch, mixed = self.reader.batch(draw.part(*own)), draw.captions
             if self.mixup is not None:
-                partner, share = self.mixup.draw(number, len(captions))
-                mixed = captions[partner]
-                batch = mix(batch, self.reader.batch(mixed[own], views[partner][own]), share)
-            yield _Step(captions, mixed, slices, batch)
+                partner, share = self.mixup.draw(number, len(mixed))
+                others = draw.permuted(partner)
+                mixed = others.captions
+                batch = mix(batch, self.reader.batch(others.part(*own)), share)
+            yield _Step(draw, mixed, slices, batch)
             number += 1
 
     def _pairs(self, step: "_Step") -> Pairs:
         """The embedded global batch."""
-        state, config = self.state, self.work.config
-        sizes = [part.stop - part.start for part in step.slices]
-        noise = Noise(config.seed, state.step, len(step.captions), step.slices[self.rank])
+        state, config, draw = self.state, self.work.config, step.draw
+        images, captions = ([part.stop - part.start for part in parts] for parts in zip(*step.slices, strict=True))
+        own_images, own_captions = step.slices[self.rank]
+        noise = Noise(config.seed, state.step, len(draw.views), own_images)
         batch = step.batch.to(self.device)
+        owner = torch.from_numpy(draw.owner).to(self.device)
         keep = config.objective.erasing.keep if config.objective.erasing.weight else None
+
+        def gathered(image: Embeddings, text: Embeddings) -> tuple[Embeddings, Embeddings]:
+            return gather_embeddings(image, images)[owner], gather_embeddings(text, captions)
+
         keys: tuple[Embeddings, Embeddings] | None = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            image, text, erased = self.model(batch.image, batch.text, noise, keep)
+            noises = noise, noise.over(len(draw.captions), own_captions)
+            image, text, erased = self.model(batch.image, batch.text, batch.owner, noises, keep)
             if state.momentum is not None:
                 with torch.no_grad():
-                    one, other, _ = state.momentum(batch.image, batch.text)
-                    keys = gather_embeddings(one, sizes), gather_embeddings(other, sizes)
-        image_ids = torch.from_numpy(self.targets.image_ids[step.captions])
+                    one, other, _ = state.momentum(batch.image, batch.text, batch.owner)
+                    keys = gathered(one, other)
+        image_ids = torch.from_numpy(self.targets.image_ids[draw.captions])
         return Pairs(
-            gather_embeddings(image, sizes),
-            gather_embeddings(text, sizes),
+            *gathered(image, text),
             image_ids.to(self.device),
-            gather_rows(batch.semantic, sizes),
+            gather_rows(batch.semantic, captions),
             self.targets.concepts[image_ids].to(self.device),
             self.targets.labels[image_ids].to(self.device),
             torch.from_numpy(self.targets.image_ids[step.mixed]).to(self.device),
             keys,
-            None if erased is None else gather_erased(erased, sizes),
+            None if erased is None else gather_erased(erased, captions),
         )
 
     def _step(self, step: "_Step") -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Pair i and its partner π(i) become λ x_i + (1 - λ) x_π(i) and λ y_i + (1 - 
 Partners and share follow from seed and step alone, so any number of workers mixes alike.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,12 +18,18 @@ def check_mixup(config: TrainConfig) -> None:
     """Refuse what cannot be mixed.
 
     Raises:
-        SettingsError: a negative α; towers that read parts or words; a term that knows a pair's one image.
+        SettingsError: a negative α; several captions of an image; towers that read parts or words; a term that knows a
+            pair's one image.
     """
     if config.mixup < 0:
         raise SettingsError(f"found mixup {config.mixup}; expected 0 (none) or the parameter of a Beta distribution")
     if not config.mixup:
         return
+    if config.captions_per_image != 1:
+        raise SettingsError(
+            f"found mixup of pairs and {config.captions_per_image} captions per image; set "
+            "--train.captions_per_image 1, or --train.mixup 0"
+        )
     model, objective = config.model, config.objective
     if model.image.parts or model.text.parts or model.text.bags:
         raise SettingsError("mixup mixes vectors: empty the towers' parts and bags, or set --train.mixup 0")
@@ -64,4 +70,4 @@ def mix(batch: Batch, partners: Batch, share: float) -> Batch:
     def mixed(one: Features, other: Features) -> Features:
         return Features(torch.lerp(other.vectors, one.vectors, share))
 
-    return Batch(mixed(batch.image, partners.image), mixed(batch.text, partners.text), batch.image_ids, batch.semantic)
+    return replace(batch, image=mixed(batch.image, partners.image), text=mixed(batch.text, partners.text))

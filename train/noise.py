@@ -4,6 +4,8 @@ Every worker draws the noise of the *global* batch from the step's own generator
 B/W pairs each see what one worker with B sees, and a run that resumes in mid-epoch needs no generator state.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,20 @@ class Noise:
     Args:
         seed: of the run.
         step: global step.
-        total: pairs in the global batch.
-        rows: this worker's slice of it.
+        total: rows of one modality in the global batch.
+        rows: this worker's slice of them.
     """
 
     def __init__(self, seed: int, step: int, total: int, rows: slice) -> None:
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         self.total = total
         self.rows = rows
+
+    def over(self, total: int, rows: slice) -> "Noise":
+        """The same stream for other rows: of the other modality, which may be more or fewer."""
+        other = copy.copy(self)
+        other.total, other.rows = total, rows
+        return other
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """Zero each feature of each row with probability p (in steps of 1/256) and rescale the rest.

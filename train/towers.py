@@ -97,6 +97,9 @@ class Encoded:
     parts: Tensor
     mask: Tensor
 
+    def __getitem__(self, rows: Tensor) -> "Encoded":
+        return Encoded(None if self.whole is None else self.whole[rows], self.parts[rows], self.mask[rows])
+
 
 class Tower(nn.Module):
     """One modality's head: branches for vectors, for bags of lemmas and for parts, summed.

@@ -68,9 +68,7 @@ def check(place, name):
     assert steps == {7 * (epoch + 1) for epoch in range(EPOCHS)}
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     validated = [line for line in map(json.loads, lines) if "val/rsum" in line["metrics"]]
-    # Ray Train takes note of checkpoints about once a second, in which a run this small passes some epochs; half of
-    # the epochs were done, so starting anew would take ten again.
-    assert len(validated) < EPOCHS + 5
+    assert len(validated) <= EPOCHS + 1  # no more than the epoch that was interrupted is validated again
     undisturbed = place / "runs" / "undisturbed"
     assert json.loads((folder / "metrics.json").read_text()) == json.loads((undisturbed / "metrics.json").read_text())
 

@@ -11,6 +11,7 @@ import torch
 from featurize.cache import CacheError
 from featurize.texts.lexicon import lemma_id
 from train.batches import (
+    Draw,
     FeatureReader,
     Schedule,
     compares_captions,
@@ -35,24 +36,56 @@ OWNER = np.repeat(np.arange(50), 1 + np.arange(50) % 5)
 
 def test_every_caption_is_used_once_an_epoch():
     schedule = Schedule(np.arange(len(OWNER)) + 1000, OWNER, batch=16, views=2, seed=3)
-    chunks = [captions for captions, _ in schedule.epoch(0)]
+    chunks = [draw.captions for draw in schedule.epoch(0)]
     assert sorted(np.concatenate(chunks)) == list(range(1000, 1000 + len(OWNER)))
     assert {len(chunk) for chunk in chunks} <= {15, 16}
     assert len(chunks) == schedule.steps
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
-    np.testing.assert_array_equal(epoch_order(OWNER, 1, 2), epoch_order(OWNER, 1, 2))
-    assert (epoch_order(OWNER, 1, 2) != epoch_order(OWNER, 1, 3)).any()
-    assert (epoch_order(OWNER, 1, 2) != epoch_order(OWNER, 2, 2)).any()
+    order, _ = epoch_order(OWNER, 1, 2)
+    np.testing.assert_array_equal(order, epoch_order(OWNER, 1, 2)[0])
+    assert (order != epoch_order(OWNER, 1, 3)[0]).any()
+    assert (order != epoch_order(OWNER, 2, 2)[0]).any()
 
 
 def test_rounds_show_each_image_once():
-    order = epoch_order(OWNER, 0, 0)
+    order, group = epoch_order(OWNER, 0, 0)
+    np.testing.assert_array_equal(group, np.arange(len(OWNER)))
     first_round = OWNER[order[:50]]
     assert len(set(first_round)) == 50
     counts = [len(set(OWNER[order[start:end]])) for start, end in [(50, 90), (90, 120)]]
     assert counts == [40, 30]
+
+
+@pytest.mark.parametrize("together", [2, 3, 9])
+def test_captions_of_an_image_stay_together(together):
+    """Images have one to five captions; the last group of an image holds what is left."""
+    schedule = Schedule(np.arange(len(OWNER)), OWNER, 12, 2, 0, together)
+    draws = list(schedule.epoch(0))
+    assert sorted(np.concatenate([draw.captions for draw in draws])) == list(range(len(OWNER)))
+    assert len(draws) == schedule.steps
+    sizes = []
+    for draw in draws:
+        assert len(draw.views) <= max(1, 12 // together)
+        assert set(draw.owner) == set(range(len(draw.views)))
+        images = [set(OWNER[draw.captions[draw.owner == group]]) for group in range(len(draw.views))]
+        assert all(len(image) == 1 for image in images)
+        sizes += np.bincount(draw.owner).tolist()
+    captions = np.bincount(OWNER)
+    expected = [min(together, count - first) for count in captions for first in range(0, count, together)]
+    assert sorted(sizes) == sorted(expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_share_a_draw_by_images(workers):
+    draw = next(Schedule(np.arange(len(OWNER)), OWNER, 30, 2, 0, 2).epoch(0))
+    parts = [draw.part(*own) for own in draw.slices(workers)]
+    np.testing.assert_array_equal(np.concatenate([part.captions for part in parts]), draw.captions)
+    np.testing.assert_array_equal(np.concatenate([part.views for part in parts]), draw.views)
+    for part in parts:
+        assert set(part.owner) == set(range(len(part.views)))
+        assert len(set(zip(part.owner, OWNER[part.captions], strict=True))) == len(part.views)
 
 
 def test_an_epoch_resumes_in_its_middle():
@@ -60,14 +93,14 @@ def test_an_epoch_resumes_in_its_middle():
     whole = list(schedule.epoch(1))
     rest = list(schedule.epoch(1, first_step=4))
     assert len(rest) == len(whole) - 4
-    for (rows, views), (others, other_views) in zip(whole[4:], rest, strict=True):
-        np.testing.assert_array_equal(rows, others)
-        np.testing.assert_array_equal(views, other_views)
+    for expected, draw in zip(whole[4:], rest, strict=True):
+        np.testing.assert_array_equal(draw.captions, expected.captions)
+        np.testing.assert_array_equal(draw.views, expected.views)
 
 
 def test_all_views_are_chosen():
     schedule = Schedule(np.arange(len(OWNER)), OWNER, batch=16, views=2, seed=0)
-    assert set(np.concatenate([views for _, views in schedule.epoch(0)])) == {0, 1}
+    assert set(np.concatenate([draw.views for draw in schedule.epoch(0)])) == {0, 1}
 
 
 @pytest.mark.parametrize(("total", "workers"), [(10, 1), (10, 3), (7, 7), (256, 8)])
@@ -81,7 +114,7 @@ def test_slices_cover_a_batch_evenly(total, workers):
 def test_pairs_belong_together(tiny_cache, tiny_config):
     reader = FeatureReader(tiny_cache.inputs(tiny_config))
     captions = np.array([7, 3, 100])
-    batch = reader.batch(captions, np.array([1, 0, 1]))
+    batch = reader.batch(Draw(captions, np.arange(3), np.array([1, 0, 1])))
     images = tiny_cache.dataset.caption_image[captions]
     assert batch.image_ids.tolist() == images.tolist()
     both = [reader.images(images, np.full(3, view)).vectors for view in (0, 1)]
@@ -91,6 +124,18 @@ def test_pairs_belong_together(tiny_cache, tiny_config):
     assert batch.semantic.shape == (3, 0)
 
 
+def test_an_image_with_several_captions_is_read_once(tiny_cache, tiny_config):
+    reader = FeatureReader(tiny_cache.inputs(tiny_config))
+    images, captions = reader.split("train")
+    mine = [captions[reader.caption_image[captions] == image][:2] for image in images[[4, 2]]]
+    batch = reader.batch(Draw(np.concatenate(mine), np.repeat([0, 1], list(map(len, mine))), np.array([0, 1])))
+    assert len(batch.image.vectors) == 2
+    assert batch.image_ids.tolist() == np.repeat(images[[4, 2]], list(map(len, mine))).tolist()
+    expected = reader.images(images[[4, 2]], np.array([0, 1]))
+    torch.testing.assert_close(batch.image.vectors, expected.vectors)
+    assert batch.owner.tolist() == np.repeat([0, 1], list(map(len, mine))).tolist()
+
+
 def test_parts_come_with_masks(tiny_cache, tiny_config):
     model = replace(
         tiny_config.model,
@@ -98,7 +143,7 @@ def test_parts_come_with_masks(tiny_cache, tiny_config):
         text=TowerConfig(vectors=("sentence",), parts=("tokens",)),
     )
     reader = FeatureReader(tiny_cache.inputs(replace(tiny_config, model=model)))
-    batch = reader.batch(np.arange(6), np.zeros(6, np.int64))
+    batch = reader.batch(Draw(np.arange(6), np.arange(6), np.zeros(6, np.int64)))
     assert batch.image.vectors.shape == (6, 0)
     assert batch.image.parts[0].shape == (6, 5, 6)
     assert batch.image.masks[0].all()
@@ -112,7 +157,7 @@ def test_bags_come_with_masks(tiny_cache, tiny_config):
     model = replace(tiny_config.model, text=TowerConfig(vectors=(), bags=("lemmas",)))
     reader = FeatureReader(tiny_cache.inputs(replace(tiny_config, model=model)))
     captions = tiny_cache.dataset.captions
-    text = reader.batch(np.array([5, 0]), np.zeros(2, np.int64)).text
+    text = reader.batch(Draw(np.array([5, 0]), np.arange(2), np.zeros(2, np.int64))).text
     assert text.vectors.shape == (2, 0)
     assert text.parts == ()
     for row, ids, mask in zip([5, 0], text.bags[0], text.bag_masks[0], strict=True):
@@ -213,7 +258,7 @@ def test_margins_that_compare_captions_read_sentences(tiny_cache, tiny_config):
     config = replace(tiny_config, objective=objective)
     assert compares_captions(objective)
     assert not compares_captions(replace(objective, ranking="infonce"))
-    batch = FeatureReader(tiny_cache.inputs(config)).batch(np.arange(4), np.zeros(4, np.int64))
+    batch = FeatureReader(tiny_cache.inputs(config)).batch(Draw(np.arange(4), np.arange(4), np.zeros(4, np.int64)))
     torch.testing.assert_close(batch.semantic.norm(dim=1), torch.ones(4), atol=2e-2, rtol=0)
 
 

@@ -12,6 +12,7 @@ import torch
 from evaluate.embed import embed_split
 from evaluate.protocols import evaluate_host
 from train.batches import FeatureReader, Inputs
+from train.checkpoints import Checkpoints
 from train.config import (
     BankConfig,
     CenterConfig,
@@ -27,7 +28,7 @@ from train.config import (
     SettingsError,
     TowerConfig,
 )
-from train.fit import LocalCheckpoints, fit
+from train.fit import fit
 from train.loop import DivergenceError, Work, _follow, learning_rate, start, train_worker
 from train.state import StateError, open_model, read_state
 from train.targets import Targets
@@ -67,7 +68,7 @@ def method_config(config, method):
             objective = ObjectiveConfig(local=LocalLossConfig(weight=1.0, vocabulary=16), center=center)
             return replace(config, model=model, objective=objective)
         case "sede-vse":
-            return replace(config, model=both, objective=SEDE)
+            return replace(config, model=both, objective=SEDE, captions_per_image=2)
         case "sede-scan":
             return replace(config, model=replace(both, host="scan", scan=ScanConfig(words=4)), objective=SEDE)
         case "sede-vsrn":
@@ -124,11 +125,13 @@ def make_work(tiny_cache, config, folder):
 
 
 def train_here(work, folder, checkpoints=None):
-    train_worker(work, checkpoints or LocalCheckpoints(folder), torch.device("cpu"), lambda _total, _done: NoBar())
+    train_worker(work, checkpoints or Checkpoints(folder), torch.device("cpu"), lambda _total, _done: NoBar())
 
 
 def last_state(folder):
-    return read_state(LocalCheckpoints(folder).folders()[-1])
+    """Of a folder of checkpoints, or of a run that has one."""
+    inner = folder / "checkpoints"
+    return read_state(Checkpoints(inner if inner.exists() else folder).latest())
 
 
 def assert_same_state(one, two, tolerance=0.0):
@@ -158,15 +161,15 @@ class InterruptionError(Exception):
     pass
 
 
-class InterruptedAfter(LocalCheckpoints):
+class InterruptedAfter(Checkpoints):
     """Dies right after its n-th checkpoint."""
 
     def __init__(self, folder, count):
         super().__init__(folder)
         self.left = count
 
-    def save(self, write, metrics, step):
-        super().save(write, metrics, step)
+    def save(self, write, step):
+        super().save(write, step)
         self.left -= 1
         if not self.left:
             raise InterruptionError
@@ -229,15 +232,38 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny_cache, tiny_config, tmp_
 def test_a_damaged_checkpoint_is_refused(tiny_cache, tiny_config, tmp_path):
     work = make_work(tiny_cache, tiny_config, tmp_path)
     train_here(work, tmp_path)
-    path = LocalCheckpoints(tmp_path).folders()[-1] / "state.pt"
+    path = Checkpoints(tmp_path).folders()[-1] / "state.pt"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StateError, match="not a readable checkpoint"):
         train_here(work, tmp_path)
 
 
+def test_what_a_killed_writer_left_half_done_is_no_checkpoint(tiny_cache, tiny_config, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+
+    def write(folder):
+        (folder / "state.pt").write_bytes(b"half")
+        raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        checkpoints.save(write, 99)
+    assert list(tmp_path.iterdir())
+    assert checkpoints.latest() is None
+    train_here(make_work(tiny_cache, tiny_config, tmp_path), tmp_path)
+    assert {path.name for path in tmp_path.glob("*checkpoint*")} == {path.name for path in checkpoints.folders()}
+
+
+def test_a_step_that_a_lost_worker_saved_already_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for content in ("first", "second"):
+        checkpoints.save(lambda folder, content=content: (folder / "state.pt").write_text(content), 7)
+    assert (checkpoints.latest() / "state.pt").read_text() == "first"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_two_checkpoints_are_kept(tiny_cache, tiny_config, tmp_path):
     train_here(make_work(tiny_cache, replace(tiny_config, epochs=4), tmp_path), tmp_path)
-    assert len(LocalCheckpoints(tmp_path).folders()) == 2
+    assert len(Checkpoints(tmp_path).folders()) == 2
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_cache, tiny_config, tmp_path):
@@ -248,7 +274,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_cache, tiny_config, tmp_pat
 
 def test_more_workers_than_pairs_are_refused(tiny_cache, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr("train.loop.world", lambda: (0, 64))
-    with pytest.raises(ValueError, match=r"a batch of 24 pairs cannot be dealt to 64 workers; raise --train.batch"):
+    with pytest.raises(ValueError, match="a batch of 24 captions, 1 of an image, cannot be dealt to 64 workers"):
         train_here(make_work(tiny_cache, tiny_config, tmp_path), tmp_path)
 
 
@@ -304,17 +330,13 @@ def test_fit_leaves_a_model_that_opens(tiny_cache, tiny_config, tmp_path):
     fit(work, tmp_path)
     model, inputs = open_model(tmp_path / "model")
     assert inputs == work.inputs
-    state = last_state(tmp_path / "checkpoints")
+    state = last_state(tmp_path)
     assert work.validate(model)["rsum"] == pytest.approx(state["best"])
 
 
 def test_no_model_is_said_to_be_none(tmp_path):
     with pytest.raises(StateError, match="no finished model"):
         open_model(tmp_path)
-
-
-def ray_state(folder):
-    return read_state(max((folder / "ray").glob("checkpoint_*/")))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -329,7 +351,7 @@ def test_two_ray_workers_follow_the_curve_of_one_process(tiny_cache, tiny_config
     assert losses[0].keys() == losses[1].keys()
     for step, value in losses[0].items():
         assert losses[1][step] == pytest.approx(value, abs=1e-4)
-    assert_same_state(last_state(tmp_path / "one" / "checkpoints"), ray_state(tmp_path / "two"), tolerance=1e-4)
+    assert_same_state(last_state(tmp_path / "one"), last_state(tmp_path / "two"), tolerance=1e-4)
 
 
 @dataclass
@@ -357,7 +379,7 @@ def test_a_killed_ray_worker_loses_no_more_than_the_last_epoch(tiny_cache, tiny_
     assert (tmp_path / "marker").exists()
     undisturbed = make_work(tiny_cache, replace(config, workers=0), tmp_path / "undisturbed")
     fit(undisturbed, tmp_path / "undisturbed")
-    assert_same_state(last_state(tmp_path / "undisturbed" / "checkpoints"), ray_state(tmp_path / "killed"), 1e-6)
+    assert_same_state(last_state(tmp_path / "undisturbed"), last_state(tmp_path / "killed"), 1e-6)
 
 
 def test_what_goes_wrong_in_a_ray_worker_is_told_as_it_is(tiny_cache, tiny_config, tmp_path, ray_local):

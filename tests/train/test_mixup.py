@@ -14,7 +14,7 @@ from train.mixup import Mixup, check_mixup, mix
 def batch(seed):
     generator = torch.Generator().manual_seed(seed)
     image, text = (Features(torch.randn(3, width, generator=generator)) for width in (4, 5))
-    return Batch(image, text, torch.arange(3) + 10 * seed, torch.zeros(3, 0))
+    return Batch(image, text, torch.arange(3), torch.arange(3) + 10 * seed, torch.zeros(3, 0))
 
 
 def test_both_modalities_are_mixed_by_one_share():
@@ -45,6 +45,7 @@ def test_shares_are_beta_distributed():
     ("changes", "message"),
     [
         ({"mixup": -1.0}, "found mixup -1.0; expected 0"),
+        ({"captions_per_image": 2}, "found mixup of pairs and 2 captions per image"),
         ({"text": TowerConfig(bags=("lemmas",))}, "mixup mixes vectors: empty the towers' parts and bags"),
         ({"image": TowerConfig(parts=("grid",))}, "mixup mixes vectors"),
         ({"objective": ObjectiveConfig(center=CenterConfig(weight=0.1))}, "neither one concept nor one caption"),

@@ -82,15 +82,33 @@ class Host(nn.Module):
         return self.finish_texts(self.text.encode(features, noise))
 
     def forward(
-        self, image: Features, text: Features, noise: Noise | None = None, keep: float | None = None
+        self,
+        image: Features,
+        text: Features,
+        owner: Tensor,
+        noise: tuple[Noise, Noise] | None = None,
+        keep: float | None = None,
     ) -> tuple[Embeddings, Embeddings, Erased | None]:
-        """Embeddings of a batch of pairs, and their erased views if `keep`, the threshold γ of erasing, is given."""
-        images, texts = self.image.encode(image, noise), self.text.encode(text, noise)
+        """Embeddings of a batch, and erased views of its pairs.
+
+        Args:
+            image: G images.
+            text: B captions.
+            owner: (B,) which of the images each caption belongs to.
+            noise: for images, for captions; only while training.
+            keep: threshold γ of erasing; None: nothing is erased.
+
+        Returns:
+            G images, B captions, and the erased views of B pairs or None.
+        """
+        image_noise, text_noise = noise or (None, None)
+        images, texts = self.image.encode(image, image_noise), self.text.encode(text, text_noise)
         embedded = self.finish_images(images), self.finish_texts(texts)
         if keep is None:
             return *embedded, None
+        images = images[owner]
         with torch.no_grad():
-            over_parts, over_words = self.guidance(images, texts, embedded)
+            over_parts, over_words = self.guidance(images, texts, (embedded[0][owner], embedded[1]))
             parts, words = attended(over_parts, images.mask, keep), attended(over_words, texts.mask, keep)
             other_parts, other_words = images.mask & ~parts, texts.mask & ~words
         erased = Erased(

@@ -122,7 +122,7 @@ def test_views_are_looked_at_together():
 
 def test_erasing_runs_with_words_beyond_the_cut():
     model = build_host(CONFIG, PARTS, PARTS)
-    _, _, erased = model(features(3, 4), features(3, 9), None, 1.0)
+    _, _, erased = model(features(3, 4), features(3, 9), torch.arange(3), None, 1.0)
     assert erased.text_kept.parts.shape == (3, 5, 8)
     assert (erased.image_kept.mask ^ erased.image_dropped.mask).all()
 

@@ -96,7 +96,7 @@ def test_a_local_space_needs_unit_vectors_and_parts(image, changes):
 def test_erased_views_keep_what_the_partner_attends_to():
     model = DualEncoder(ModelConfig(dim=12, image=TOWER, text=TOWER), PARTS, PARTS).eval()
     x, y = grid(), grid()
-    image, text, erased = model(x, y, None, 1.0)
+    image, text, erased = model(x, y, torch.arange(5), None, 1.0)
     parts = model.image.encode(x, None).parts
     for row in range(5):
         scores = [float(parts[row, k] @ text.vector[row]) / 12**0.5 for k in range(4)]
@@ -110,8 +110,8 @@ def test_erased_views_keep_what_the_partner_attends_to():
             )
             torch.testing.assert_close(view.vector[row], model.embed_images(alone).vector[0])
     assert erased.image_partial.all()
-    assert model(x, y)[2] is None  # off at evaluation
-    everything = model(x, y, None, 0.0)[2]
+    assert model(x, y, torch.arange(5))[2] is None  # off at evaluation
+    everything = model(x, y, torch.arange(5), None, 0.0)[2]
     torch.testing.assert_close(everything.image_kept.vector, image.vector)
     assert not everything.image_partial.any()
     assert not everything.text_partial.any()
@@ -120,9 +120,23 @@ def test_erased_views_keep_what_the_partner_attends_to():
 def test_erasing_needs_parts():
     model = DualEncoder(ModelConfig(dim=12, text=TOWER), VECTORS, PARTS)
     with pytest.raises(SettingsError, match="erasing needs parts of images and of captions"):
-        model(Features(torch.randn(5, 8)), grid(), None, 1.0)
+        model(Features(torch.randn(5, 8)), grid(), torch.arange(5), None, 1.0)
 
 
 def test_unknown_hosts_are_refused():
     with pytest.raises(SettingsError, match="found host 'clip'; expected vse or scan"):
         build_host(ModelConfig(host="clip"), VECTORS, VECTORS)
+
+
+def test_captions_of_one_image_share_its_embedding():
+    """Erased views are those of the pairs, as if every caption had come with a copy of its image."""
+    model = DualEncoder(ModelConfig(dim=12, image=TOWER, text=TOWER), PARTS, PARTS).eval()
+    images, texts = grid(2), grid(3, 5)
+    owner = torch.tensor([0, 0, 1])
+    pairs = Features(images.vectors[owner], (images.parts[0][owner],), (images.masks[0][owner],))
+    image, text, erased = model(images, texts, owner, None, 1.0)
+    copied, same_text, expected = model(pairs, texts, torch.arange(3), None, 1.0)
+    torch.testing.assert_close(image[owner].vector, copied.vector)
+    torch.testing.assert_close(text.vector, same_text.vector)
+    for part in ("image_kept", "image_dropped", "text_kept", "text_dropped"):
+        torch.testing.assert_close(getattr(erased, part).vector, getattr(expected, part).vector)
