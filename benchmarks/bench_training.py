@@ -101,7 +101,7 @@ def measure(repeats: int, *, parts: bool) -> dict[str, float]:
             image, text, _ = state.model(batch.image, batch.text, batch.owner, (noise, noise))
             ids = batch.image_ids
             pairs = Pairs(image, text, ids, batch.semantic, targets.concepts[ids], targets.labels[ids], ids)
-            loss, _ = state.objective(pairs, 0.5, state.model.distances)
+            loss, _ = state.objective(pairs, 0.5, state.model.spaces())
             state.optimizer.zero_grad()
             loss.backward()
             state.optimizer.step()

@@ -85,7 +85,13 @@ class ModelConfig:
     scan: ScanConfig = field(default_factory=ScanConfig)
     local: LocalConfig = field(default_factory=LocalConfig)
     dim: int = field(default=512, metadata={"help": "dimensions of the joint space"})
-    normalise: bool = field(default=True, metadata={"help": "embeddings on the unit sphere; otherwise free Euclidean"})
+    blocks: int = field(
+        default=1,
+        metadata={"help": "heads side by side: each has its share of dim and width and is ranked by itself (vse)"},
+    )
+    normalise: bool = field(
+        default=True, metadata={"help": "embeddings (every block) on the unit sphere; otherwise free Euclidean"}
+    )
     shared_codebook: bool = field(default=False, metadata={"help": "one set of netvlad centres for both towers (LESS)"})
     image: TowerConfig = field(default_factory=lambda: TowerConfig(signed_sqrt=True))
     text: TowerConfig = field(default_factory=lambda: TowerConfig(vectors=("sentence",)))

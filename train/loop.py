@@ -95,7 +95,7 @@ def _fingerprint(work: Work) -> dict[str, Any]:
 def _parameter_groups(modules: list[nn.Module], decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices of the towers only."""
     parameters = [p for module in modules for p in module.parameters()]
-    matrices = [p for p in modules[0].parameters() if p.ndim == 2]
+    matrices = [p for p in modules[0].parameters() if p.ndim >= 2]
     chosen = {id(p) for p in matrices}
     return [
         {"params": matrices, "weight_decay": decay},
@@ -313,7 +313,7 @@ class _Trainer:
     def _step(self, step: "_Step") -> dict[str, Tensor]:
         """One optimiser step on a global batch; returns what to log."""
         state, config = self.state, self.work.config
-        loss, terms = state.objective(self._pairs(step), state.step / self.total, state.model.distances)
+        loss, terms = state.objective(self._pairs(step), state.step / self.total, state.model.spaces())
         state.optimizer.zero_grad()
         loss.backward()
         average_gradients(state.objective.parameters())

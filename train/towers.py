@@ -59,17 +59,39 @@ class Standardise(nn.Module):
         return (self._root(x) - self.mean) * self.scale
 
 
+class BlockLinear(nn.Module):
+    """A linear map whose blocks do not see each other: output block b is made of input block b alone.
+
+    Shape: (..., inputs) -> (..., outputs). One block is `nn.Linear`, with its initial weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        made = [nn.Linear(inputs // blocks, outputs // blocks) for _ in range(blocks)]
+        self.weight = nn.Parameter(torch.stack([one.weight.detach() for one in made]))  # (blocks, out, in)
+        self.bias = nn.Parameter(torch.cat([one.bias.detach() for one in made]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map."""
+        blocks, outputs, inputs = self.weight.shape
+        pieces = x.reshape(-1, blocks, inputs).transpose(0, 1)  # (blocks, N, in)
+        mapped = torch.bmm(pieces, self.weight.mT).transpose(0, 1)  # (N, blocks, out)
+        return mapped.reshape(*x.shape[:-1], blocks * outputs) + self.bias
+
+
 class ResidualMLP(nn.Module):
     """W x + MLP(x): a linear map with a hidden layer's correction; without a width the linear map alone.
+
+    With several blocks each block of the output has its own share of the hidden layer, so the blocks share nothing.
 
     Shape: (..., D) -> (..., dim).
     """
 
-    def __init__(self, inputs: int, width: int, dim: int, dropout: float) -> None:
+    def __init__(self, inputs: int, width: int, dim: int, dropout: float, blocks: int = 1) -> None:
         super().__init__()
         self.skip = nn.Linear(inputs, dim)
         self.hidden = nn.Linear(inputs, width) if width else None
-        self.out = nn.Linear(width, dim) if width else None
+        self.out = BlockLinear(width, dim, blocks) if width else None
         self.dropout = dropout
 
     def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
@@ -110,26 +132,39 @@ class Tower(nn.Module):
         dims: widths of the features.
         codebook: netvlad centres shared with the other tower, or None.
         pooled: whether parts are pooled here; a cross-attending host compares them as they are.
+        blocks: of the joint space; see `ModelConfig.blocks`.
 
     Raises:
-        SettingsError: the tower reads nothing.
+        SettingsError: the tower reads nothing, or cannot be cut into blocks.
     """
 
     def __init__(
-        self, config: TowerConfig, dim: int, dims: Dims, codebook: PartCodebook | None = None, *, pooled: bool = True
+        self,
+        config: TowerConfig,
+        dim: int,
+        dims: Dims,
+        codebook: PartCodebook | None = None,
+        *,
+        pooled: bool = True,
+        blocks: int = 1,
     ) -> None:
         super().__init__()
         if not dims.vectors and not dims.parts and not dims.words:
             raise SettingsError(
                 "a tower reads nothing: set its `vectors`, `parts` or `bags` to outputs of its encoders"
             )
+        if blocks < 1 or dim % blocks or config.width % blocks or config.part_width % blocks:
+            raise SettingsError(
+                f"found {blocks} blocks, dim {dim}, width {config.width} and part_width {config.part_width}; expected "
+                "at least 1 block, and widths that are multiples of their number"
+            )
         self.config, self.dim = config, dim
         rooted = config.signed_sqrt
         self.standardise_vectors = Standardise(dims.vectors, signed_sqrt=rooted)
         self.standardise_parts = nn.ModuleList(Standardise(d, signed_sqrt=rooted) for d in dims.parts)
-        self.vectors = ResidualMLP(dims.vectors, config.width, dim, config.dropout) if dims.vectors else None
+        self.vectors = ResidualMLP(dims.vectors, config.width, dim, config.dropout, blocks) if dims.vectors else None
         self.bags = nn.ModuleList(BagOfLemmas(words, dim, config.bag_dropout) for words in dims.words)
-        self.parts = nn.ModuleList(ResidualMLP(d, config.part_width, dim, config.dropout) for d in dims.parts)
+        self.parts = nn.ModuleList(ResidualMLP(d, config.part_width, dim, config.dropout, blocks) for d in dims.parts)
         self.context = build_context(config.context, dim, config.layers, config.heads) if dims.parts else None
         self.aggregator = (
             build_aggregator(config.aggregator, dim, config.heads, config.clusters, codebook)

@@ -68,7 +68,7 @@ def method_config(config, method):
             objective = ObjectiveConfig(local=LocalLossConfig(weight=1.0, vocabulary=16), center=center)
             return replace(config, model=model, objective=objective)
         case "sede-vse":
-            return replace(config, model=both, objective=SEDE, captions_per_image=2)
+            return replace(config, model=replace(both, blocks=2), objective=SEDE, captions_per_image=2)
         case "sede-scan":
             return replace(config, model=replace(both, host="scan", scan=ScanConfig(words=4)), objective=SEDE)
         case "sede-vsrn":

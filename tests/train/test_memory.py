@@ -176,7 +176,7 @@ def mean_negative_cosine(*, positives_from_keys):
             keys = embed(momentum_towers, rows)
         if positives_from_keys:
             none = torch.zeros(32, 0)
-            loss, _ = objective(Pairs(image, text, rows, none, rows, none, rows, keys), 0.0, distances)
+            loss, _ = objective(Pairs(image, text, rows, none, rows, none, rows, keys), 0.0, [distances])
         else:  # what must not be built
             negatives = torch.cat((negative_pairs(rows, rows), objective.bank.negatives(rows, rows)), 1)
             positive = distances(image, text).diagonal()

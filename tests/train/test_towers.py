@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from train.batches import Features
 from train.config import TowerConfig
 from train.lexicon import Vocabulary
 from train.noise import Noise
-from train.towers import Dims, ResidualMLP, Standardise, Tower
+from train.towers import BlockLinear, Dims, ResidualMLP, Standardise, Tower
 
 BOTH = Dims(8, (6,))
 
@@ -67,6 +68,15 @@ def test_parts_are_projected_by_one_layer_or_an_mlp():
     deep = Tower(TowerConfig(parts=("grid",), part_width=10), 12, BOTH)
     assert sum(p.numel() for p in linear.parts.parameters()) == 6 * 12 + 12
     assert sum(p.numel() for p in deep.parts.parameters()) == 6 * 12 + 12 + (6 * 10 + 10) + (10 * 12 + 12)
+
+
+def test_a_block_of_a_linear_map_sees_its_own_inputs():
+    layer = BlockLinear(6, 4, 2)
+    x = torch.randn(3, 5, 6)
+    first, second = (
+        F.linear(x[..., 3 * b : 3 * b + 3], layer.weight[b], layer.bias[2 * b : 2 * b + 2]) for b in (0, 1)
+    )
+    torch.testing.assert_close(layer(x), torch.cat([first, second], -1))
 
 
 def test_standardise_gives_mean_zero_and_deviation_one():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from train.batches import Features
 from train.config import ModelConfig, SettingsError
-from train.embeddings import Embeddings, Erased
+from train.embeddings import Distances, Embeddings, Erased
 from train.losses.erasing import attended
 from train.noise import Noise
 from train.towers import Encoded, Tower
@@ -42,6 +42,10 @@ class Host(nn.Module):
     def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
         """Squared distances (N, M) of N images to M captions, for losses; -d² is the score."""
         raise NotImplementedError
+
+    def spaces(self) -> list[Distances]:
+        """Distances that the ranking loss is a mean over; `distances` is their mean."""
+        return [self.distances]
 
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
         """Attention of each pair's caption over the image's parts (B, K), and of its image over the words (B, L).

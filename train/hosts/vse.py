@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from train.aggregators import NetVLAD
 from train.batches import Features
 from train.config import ModelConfig, SettingsError
-from train.embeddings import Embeddings
+from train.embeddings import Distances, Embeddings
 from train.hosts.host import Host
 from train.local import ConceptQueries, combine
 from train.losses.distances import squared_distances
@@ -20,6 +21,10 @@ from train.towers import Dims, Encoded, Tower
 
 class DualEncoder(Host):
     """Two towers and one space; with `local.dim` a second, local space beside it (HIER).
+
+    With `blocks` the space is a product of as many, each with heads of its own that are trained by a ranking loss of
+    their own, as an ensemble whose members' vectors stand side by side. *(Ours; related: Opitz et al., BIER: Boosting
+    Independent Embeddings Robustly, ICCV 2017.)*
 
     Args:
         config: of the model.
@@ -36,8 +41,8 @@ class DualEncoder(Host):
     def __init__(self, config: ModelConfig, image: Dims, text: Dims) -> None:
         super().__init__(config)
         codebook = PartCodebook(config.image.clusters, config.dim) if config.shared_codebook else None
-        self.image = Tower(config.image, config.dim, image, codebook)
-        self.text = Tower(config.text, config.dim, text, codebook)
+        self.image = Tower(config.image, config.dim, image, codebook, blocks=config.blocks)
+        self.text = Tower(config.text, config.dim, text, codebook, blocks=config.blocks)
         self.image_local: ConceptQueries | None = None
         self.text_local: ConceptQueries | None = None
         if config.local.dim:
@@ -52,7 +57,11 @@ class DualEncoder(Host):
             self.register_buffer("share", torch.tensor(config.local.share))
 
     def _finish(self, vector: Tensor) -> Tensor:
-        return F.normalize(vector.float(), dim=-1) if self.config.normalise else vector.float()
+        """Every block of equal length, the whole of length one, where the model normalises."""
+        if not self.config.normalise:
+            return vector.float()
+        blocks = vector.float().view(len(vector), self.config.blocks, -1)
+        return F.normalize(blocks, dim=-1).flatten(1) / math.sqrt(self.config.blocks)
 
     def _embeddings(
         self, tower: Tower, queries: ConceptQueries | None, encoded: Encoded, mask: Tensor | None
@@ -74,6 +83,18 @@ class DualEncoder(Host):
     def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
         """Squared distances (N, M) of the global vectors."""
         return squared_distances(image.vector, text.vector)
+
+    def spaces(self) -> list[Distances]:
+        """One for each block, scaled so that the distance of the whole is their mean."""
+        count = self.config.blocks
+        if count == 1:
+            return [self.distances]
+
+        def within(block: int, image: Embeddings, text: Embeddings) -> Tensor:
+            one, other = (side.vector.chunk(count, 1)[block] for side in (image, text))
+            return count * squared_distances(one, other)
+
+        return [partial(within, block) for block in range(count)]
 
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
         """Softmax over parts of x_k·e / √E, e being the partner's vector; see `Host.guidance`.

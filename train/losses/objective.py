@@ -4,7 +4,7 @@ It sees the global batch and knows nothing of workers. All that learns, averages
 centres, codebook, temperature, log-variances) is a parameter or buffer here, so `state_dict()` is the whole of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import ObjectiveConfig, SettingsError
-from train.embeddings import Distances, Embeddings, Erased, Pairs
+from train.embeddings import Distances, Embeddings, Pairs
 from train.losses.center import CenterLoss
 from train.losses.distances import Rank, both_directions, masked_mean, mean_distances, negative_pairs
 from train.losses.erasing import erasing
@@ -67,13 +67,13 @@ class Objective(nn.Module):
         self.lambdas = {config.ranking: 1.0} | {name: value for name, value in weights.items() if value}
         self.uncertainty = UncertaintyWeights(self.lambdas) if config.weighting == "uncertainty" else None
 
-    def forward(self, pairs: Pairs, progress: float, distances: Distances) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, pairs: Pairs, progress: float, spaces: Sequence[Distances]) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and its parts.
 
         Args:
             pairs: the global batch.
             progress: share of training done, 0 to 1.
-            distances: the host's.
+            spaces: the host's; ranking and erasing are means over them.
 
         Returns:
             The scalar to minimise, and scalars without gradient to log: `loss/<term>` before weighting, `margin` (mean
@@ -87,10 +87,10 @@ class Objective(nn.Module):
             ValueError: there is a bank and the pairs have no keys, or an erasing term and they have no erased views.
         """
         with torch.autocast(pairs.image.vector.device.type, enabled=False):
-            return self._forward(pairs, progress, distances)
+            return self._forward(_wide(pairs), progress, spaces)
 
-    def _forward(self, pairs: Pairs, progress: float, distances: Distances) -> tuple[Tensor, dict[str, Tensor]]:
-        image, text = _wide(pairs.image), _wide(pairs.text)
+    def _forward(self, pairs: Pairs, progress: float, spaces: Sequence[Distances]) -> tuple[Tensor, dict[str, Tensor]]:
+        image, text = pairs.image, pairs.text
         terms: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         if self.center is not None:
@@ -105,50 +105,84 @@ class Objective(nn.Module):
                 terms["quantization"] = found.loss
                 logs |= _named("quantization", found.terms) | {"codebook/perplexity": found.perplexity}
 
-        squared = distances(image, text)  # (B, B)
+        squared = [distances(image, text) for distances in spaces]  # (B, B) each
+        whole = torch.stack(squared).mean(0).detach() if len(spaces) > 1 else squared[0].detach()
         negatives = negative_pairs(pairs.image_ids, pairs.mixed_ids)  # (B, B)
-        margin = self.ranking.margin(squared, negatives, pairs.semantic)  # the one time in this step: it moves
-        rank = self._rank(progress)
-        ranking = both_directions(rank, squared, negatives, margin)
+        margin = self.ranking.margin(whole, negatives, pairs.semantic)  # the one time in this step: it moves
+        ranked = [
+            self._ranked(pairs, found, self._rank(progress), distances, own, negatives, margin)
+            for distances, own in zip(spaces, squared, strict=True)
+        ]
+        means = {name: torch.stack([one[name] for one in ranked]).mean(0) for name in ranked[0]}
+        terms |= {name: means.pop(name) for name in (self.config.ranking, "erasing") if name in means}
+        logs |= {f"loss/{name}": value.detach() for name, value in means.items()}
         if self.bank is not None:
-            keys = _keys(pairs)
-            to_texts, to_images = self.bank.compare(image, text, *keys, distances)  # (B, B + F) each
+            logs["bank/filled"] = torch.tensor(float(self.bank.filled))
+            if self.training:
+                self.bank.enqueue(*_keys(pairs), pairs.image_ids, pairs.mixed_ids)
+
+        positive, negative = mean_distances(whole, negatives)
+        logs |= {"distance/positive": positive, "distance/negative": negative, "gap": negative - positive}
+        logs["margin"] = masked_mean(margin.expand_as(whole), negatives)
+        if not isinstance(self.ranking, HingeLoss):
+            logs |= self.ranking.learned()
+        logs |= {f"loss/{name}": value.detach() for name, value in terms.items()}
+        return self._total(terms, logs), logs
+
+    def _ranked(
+        self,
+        pairs: Pairs,
+        found: Quantized | None,
+        rank: Rank,
+        distances: Distances,
+        squared: Tensor,
+        negatives: Tensor,
+        margin: Tensor,
+    ) -> dict[str, Tensor]:
+        """Ranking and erasing in one space, and what they are made of.
+
+        Args:
+            pairs: the global batch.
+            found: what quantization found, if it did.
+            rank: the ranking loss.
+            distances: of the space.
+            squared: (B, B) those of the pairs.
+            negatives: (B, B) bool.
+            margin: a scalar or (B, B).
+        """
+        image, text, name = pairs.image, pairs.text, self.config.ranking
+        ranking = both_directions(rank, squared, negatives, margin)
+        parts: dict[str, Tensor] = {}
+        if self.bank is not None:
+            to_texts, to_images = self.bank.compare(image, text, *_keys(pairs), distances)  # (B, B + F) each
             others = torch.cat((negatives, self.bank.negatives(pairs.image_ids, pairs.mixed_ids)), 1)
             remembered = _pairs_first(rank, to_texts, others, margin) + _pairs_first(rank, to_images, others, margin)
-            logs |= _named(self.config.ranking, {"batch": ranking.detach(), "bank": remembered.detach()})
-            logs["bank/filled"] = torch.tensor(float(self.bank.filled))
+            parts |= {f"{name}/batch": ranking, f"{name}/bank": remembered}
             share = self.config.bank.share
             ranking = (1 - share) * ranking + share * remembered
-            if self.training:
-                self.bank.enqueue(*keys, pairs.image_ids, pairs.mixed_ids)
         if found is not None and found.image is not None and found.text is not None:
             to_texts = distances(image, replace(text, vector=found.text))  # (B, B)
             to_images = distances(replace(image, vector=found.image), text).T
             coded = rank(to_texts.diagonal(), to_texts, negatives, margin)
             coded = coded + rank(to_images.diagonal(), to_images, negatives.T, margin.t())
-            logs |= _named(self.config.ranking, {"codes": coded.detach()})
+            parts[f"{name}/codes"] = coded
             share = self.config.quantization.rank_codes
             ranking = (1 - share) * ranking + share * coded
-        terms[self.config.ranking] = ranking
+        parts[name] = ranking
         if self.config.erasing.weight:
-            terms["erasing"], parts = erasing(
+            if pairs.erased is None:
+                raise ValueError("found pairs without erased views; the erasing loss expects them from the host")
+            parts["erasing"], kinds = erasing(
                 image,
                 text,
-                _erased(pairs),
+                pairs.erased,
                 distances,
                 lambda views: both_directions(rank, views, negatives, margin),
                 squared.diagonal(),
                 self.config.erasing.irrelevant,
             )
-            logs |= _named("erasing", parts)
-
-        positive, negative = mean_distances(squared.detach(), negatives)
-        logs |= {"distance/positive": positive, "distance/negative": negative, "gap": negative - positive}
-        logs["margin"] = masked_mean(margin.expand_as(squared), negatives)
-        if not isinstance(self.ranking, HingeLoss):
-            logs |= self.ranking.learned()
-        logs |= {f"loss/{name}": value.detach() for name, value in terms.items()}
-        return self._total(terms, logs), logs
+            parts |= {f"erasing/{kind}": value for kind, value in kinds.items()}
+        return parts
 
     def _rank(self, progress: float) -> Rank:
         if isinstance(self.ranking, HingeLoss):
@@ -207,26 +241,26 @@ def _check(config: ObjectiveConfig, weights: Mapping[str, float], image: Embeddi
 def _keys(pairs: Pairs) -> tuple[Embeddings, Embeddings]:
     if pairs.keys is None:
         raise ValueError("found pairs without keys; the memory bank expects them from the momentum network")
-    image, text = pairs.keys
-    return _wide(image), _wide(text)
+    return pairs.keys
 
 
-def _erased(pairs: Pairs) -> Erased:
-    if pairs.erased is None:
-        raise ValueError("found pairs without erased views; the erasing loss expects them from the host")
+def _wide(pairs: Pairs) -> Pairs:
+    """All embeddings in float32, masks as they are."""
+
+    def widened(embeddings: Embeddings) -> Embeddings:
+        return embeddings.map(lambda x: x.float() if x.is_floating_point() else x)
+
     erased = pairs.erased
-    return replace(
-        erased,
-        image_kept=_wide(erased.image_kept),
-        image_dropped=_wide(erased.image_dropped),
-        text_kept=_wide(erased.text_kept),
-        text_dropped=_wide(erased.text_dropped),
-    )
-
-
-def _wide(embeddings: Embeddings) -> Embeddings:
-    """In float32, masks as they are."""
-    return embeddings.map(lambda x: x.float() if x.is_floating_point() else x)
+    if erased is not None:
+        erased = replace(
+            erased,
+            image_kept=widened(erased.image_kept),
+            image_dropped=widened(erased.image_dropped),
+            text_kept=widened(erased.text_kept),
+            text_dropped=widened(erased.text_dropped),
+        )
+    keys = None if pairs.keys is None else (widened(pairs.keys[0]), widened(pairs.keys[1]))
+    return replace(pairs, image=widened(pairs.image), text=widened(pairs.text), keys=keys, erased=erased)
 
 
 def _pairs_first(rank: Rank, distances: Tensor, negatives: Tensor, margin: Tensor) -> Tensor:

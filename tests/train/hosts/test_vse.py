@@ -140,3 +140,42 @@ def test_captions_of_one_image_share_its_embedding():
     torch.testing.assert_close(text.vector, same_text.vector)
     for part in ("image_kept", "image_dropped", "text_kept", "text_dropped"):
         torch.testing.assert_close(getattr(erased, part).vector, getattr(expected, part).vector)
+
+
+BLOCKS = ModelConfig(dim=12, blocks=3, image=TowerConfig(width=9), text=TowerConfig(width=9))
+
+
+def test_blocks_are_unit_vectors_whose_distances_make_the_whole():
+    model = DualEncoder(BLOCKS, VECTORS, VECTORS)
+    one, other = model.embed_images(Features(torch.randn(5, 8))), model.embed_texts(Features(torch.randn(7, 8)))
+    torch.testing.assert_close(one.vector.view(5, 3, 4).norm(dim=2), torch.full((5, 3), 3**-0.5))
+    spaces = [distances(one, other) for distances in model.spaces()]
+    assert len(spaces) == 3
+    alone = torch.cdist(3**0.5 * one.vector[:, 4:8], 3**0.5 * other.vector[:, 4:8]).square()
+    torch.testing.assert_close(spaces[1], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(spaces).mean(0), model.distances(one, other), atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_share_no_weights():
+    """A block's embedding has no gradient in the weights that make another one."""
+    model = DualEncoder(BLOCKS, VECTORS, VECTORS)
+    middle = model.embed_images(Features(torch.randn(5, 8))).vector[:, 4:8]
+    middle.square().sin().sum().backward()
+    tower = model.image.vectors
+    for weights, rows in ((tower.skip.weight.grad, 4), (tower.hidden.weight.grad, 3)):
+        blocks = weights.view(3, rows, -1).abs().sum((1, 2))
+        assert blocks[1] > 0
+        assert blocks[[0, 2]].sum() == 0
+    assert tower.out.weight.grad.abs().sum((1, 2)).nonzero().tolist() == [[1]]
+
+
+def test_the_mean_of_views_keeps_blocks_alike():
+    model = DualEncoder(BLOCKS, VECTORS, VECTORS)
+    mean = model.mean_of_views([model.embed_images(Features(torch.randn(5, 8))) for _ in range(2)])
+    torch.testing.assert_close(mean.vector.view(5, 3, 4).norm(dim=2), torch.full((5, 3), 3**-0.5))
+
+
+@pytest.mark.parametrize("changes", [{"blocks": 0}, {"blocks": 5}, {"image": TowerConfig(width=10)}])
+def test_widths_that_cannot_be_cut_into_blocks(changes):
+    with pytest.raises(SettingsError, match="widths that are multiples of their number"):
+        DualEncoder(replace(BLOCKS, **changes), VECTORS, VECTORS)

@@ -97,7 +97,7 @@ def different(image_ids):
 def test_the_default_is_the_hinge_alone(pairs):
     config = ObjectiveConfig(hinge=HingeConfig(warmup=0.0, margin=MarginConfig(form="fixed", start=0.4)))
     objective = build(config)
-    total, logs = objective(pairs, 0.0, distances)
+    total, logs = objective(pairs, 0.0, [distances])
     d = distances(pairs.image, pairs.text)
     rank = partial(hinge, mining=config.hinge.mining)
     expected = both_directions(rank, d, different(pairs.image_ids), torch.tensor(0.4))
@@ -113,14 +113,14 @@ def test_the_hinge_waits_for_its_warm_up(pairs):
     d, negatives = distances(pairs.image, pairs.text), different(pairs.image_ids)
     for progress, mining in ((0.29, "all"), (0.3, "hardest")):
         expected = both_directions(partial(hinge, mining=mining), d, negatives, torch.tensor(2.0))
-        torch.testing.assert_close(build(config)(pairs, progress, distances)[0], expected)
+        torch.testing.assert_close(build(config)(pairs, progress, [distances])[0], expected)
 
 
 def test_logged_distances_by_hand():
     """Two pairs on a line: images at 0 and 4, captions at 1 and 5; a third row repeats the first image."""
     line = torch.tensor([[0.0], [4.0], [0.0]])
     batch = plain_pairs(line, line + 1, torch.tensor([0, 1, 0]))
-    _, logs = build(ObjectiveConfig(), EmbeddingShape(1))(batch, 1.0, distances)
+    _, logs = build(ObjectiveConfig(), EmbeddingShape(1))(batch, 1.0, [distances])
     found = items(logs)
     negative = (25 + 25 + 9 + 9) / 4  # (0, 5) twice, (4, 1) twice
     assert found["distance/positive"] == 1.0
@@ -132,7 +132,7 @@ def test_mixed_pairs_are_masked_by_both_their_images():
     """Images at 0, 4 and 10, captions one further; pair 2 is mixed with image 0 as pair 0 is with itself."""
     line = torch.tensor([[0.0], [4.0], [10.0]])
     batch = replace(plain_pairs(line, line + 1, torch.arange(3)), mixed_ids=torch.tensor([0, 1, 0]))
-    _, logs = build(ObjectiveConfig(), EmbeddingShape(1))(batch, 1.0, distances)
+    _, logs = build(ObjectiveConfig(), EmbeddingShape(1))(batch, 1.0, [distances])
     assert items(logs)["distance/negative"] == pytest.approx((25 + 9 + 49 + 25) / 4)
 
 
@@ -140,7 +140,7 @@ def test_mixed_pairs_are_masked_by_both_their_images():
 def test_terms_add_up_with_their_weights(pairs, ranking):
     objective = build(replace(FULL, ranking=ranking))
     for step in range(2):
-        total, logs = objective(pairs, 0.5, distances)
+        total, logs = objective(pairs, 0.5, [distances])
         found = items(logs)
         assert found["bank/filled"] == 7 * step
     assert found[f"loss/{ranking}"] == pytest.approx(
@@ -168,14 +168,14 @@ def test_terms_add_up_with_their_weights(pairs, ranking):
 def test_logs_carry_no_gradient(pairs):
     for ranking in RANKINGS:
         for weighting in ("fixed", "uncertainty"):
-            _, logs = build(replace(FULL, ranking=ranking, weighting=weighting))(pairs, 0.5, distances)
+            _, logs = build(replace(FULL, ranking=ranking, weighting=weighting))(pairs, 0.5, [distances])
             assert not any(value.requires_grad for value in logs.values())
             assert all(value.ndim == 0 for value in logs.values())
 
 
 def test_learned_weights_start_as_the_fixed_ones(pairs):
-    total, logs = build(replace(FULL, weighting="uncertainty"))(pairs, 0.5, distances)
-    fixed, _ = build(FULL)(pairs, 0.5, distances)
+    total, logs = build(replace(FULL, weighting="uncertainty"))(pairs, 0.5, [distances])
+    fixed, _ = build(FULL)(pairs, 0.5, [distances])
     weights = {"hinge": 1.0, "erasing": 0.5, "center": 0.2, "quantization": 0.3, "local": 0.1}
     assert total.item() == pytest.approx(fixed.item() - sum(map(math.log, weights.values())), rel=1e-5)
     found = {name: value for name, value in items(logs).items() if name.startswith("weight/")}
@@ -208,7 +208,7 @@ def steps(objective, pairs, first, last):
     """Train: each step's pairs and keys differ."""
     for step in range(first, last):
         keys = tuple(side.map(partial(torch.roll, shifts=step, dims=0)) for side in pairs.keys)
-        yield objective(replace(pairs, keys=keys, image_ids=pairs.image_ids + step), step / 10, distances)
+        yield objective(replace(pairs, keys=keys, image_ids=pairs.image_ids + step), step / 10, [distances])
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -227,7 +227,7 @@ def test_a_restored_objective_continues_exactly(pairs, ranking):
 
 def moved_by(objective, pairs):
     before = {name: value.clone() for name, value in objective.state_dict().items()}
-    objective(pairs, 0.5, distances)
+    objective(pairs, 0.5, [distances])
     return {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
 
 
@@ -245,7 +245,7 @@ def test_training_moves_margin_centres_codewords_and_bank(pairs):
 def test_the_margin_moves_once_a_step_by_the_whole_views_alone(pairs):
     """One step of the closed form: neither keys nor erased views are seen by the average."""
     objective = build(replace(FULL, quantization=QuantizationConfig()))
-    _, logs = objective(pairs, 0.5, distances)
+    _, logs = objective(pairs, 0.5, [distances])
     config, gap = FULL.hinge.margin, items(logs)["gap"]
     expected = config.decay * config.start / config.weight + (1 - config.decay) * gap
     assert objective.ranking.margin.average.item() == pytest.approx(expected, rel=1e-5)
@@ -254,10 +254,10 @@ def test_the_margin_moves_once_a_step_by_the_whole_views_alone(pairs):
 def test_the_margin_of_infonce_follows_the_gap(pairs):
     margin = MarginConfig(form="A", decay=0.0, weight=0.1, low=0.0)
     config = ObjectiveConfig(ranking="infonce", infonce=InfoNCEConfig(margin=margin))
-    total, logs = build(config)(pairs, 0.5, distances)
+    total, logs = build(config)(pairs, 0.5, [distances])
     found = items(logs)
     assert found["margin"] == pytest.approx(0.1 * found["gap"], rel=1e-5)
-    without, _ = build(ObjectiveConfig(ranking="infonce"))(pairs, 0.5, distances)
+    without, _ = build(ObjectiveConfig(ranking="infonce"))(pairs, 0.5, [distances])
     assert total > without
 
 
@@ -285,14 +285,14 @@ class Counted:
 
 def test_only_what_is_needed_is_compared(pairs):
     counted = Counted()
-    build(replace(FULL, erasing=ErasingConfig(), bank=BankConfig()))(pairs, 0.5, counted)
+    build(replace(FULL, erasing=ErasingConfig(), bank=BankConfig()))(pairs, 0.5, [counted])
     assert counted.sizes == [(7, 7)]
     counted = Counted()
     objective = build(replace(FULL, erasing=ErasingConfig()))
-    objective(pairs, 0.5, counted)
+    objective(pairs, 0.5, [counted])
     assert counted.sizes == [(7, 7)] * 3  # an empty bank is not compared with
     counted.sizes.clear()
-    objective(pairs, 0.5, counted)
+    objective(pairs, 0.5, [counted])
     assert sorted(counted.sizes) == [(7, 7)] * 5
 
 
@@ -307,8 +307,8 @@ def test_the_banks_part_equals_a_loop_over_anchors(pairs):
     objective = build(bank_config())
     first = replace(pairs, image_ids=pairs.image_ids + 1)  # shares some images with the second batch
     keys = tuple(Embeddings.of(random_unit(seed), random_unit(seed + 1, 4)) for seed in (50, 60))
-    objective(replace(first, keys=keys, mixed_ids=first.image_ids), 0.0, distances)
-    found, _ = objective(pairs, 0.0, distances)
+    objective(replace(first, keys=keys, mixed_ids=first.image_ids), 0.0, [distances])
+    found, _ = objective(pairs, 0.0, [distances])
     expected, ids, old_ids = 0.0, pairs.image_ids.tolist(), first.image_ids.tolist()
     for anchors, own, old in (
         (pairs.image.vector, pairs.keys[1].vector, keys[1].vector),
@@ -325,7 +325,7 @@ def test_positives_and_negatives_of_the_bank_come_from_the_key_encoder(pairs):
     """An image's gradient does not depend on the trained network's captions."""
     gradients = []
     for text in (pairs.text, Embeddings.of(random_unit(30), random_unit(31, 4))):
-        total, _ = build(bank_config())(replace(pairs, text=text), 0.0, distances)
+        total, _ = build(bank_config())(replace(pairs, text=text), 0.0, [distances])
         gradients.extend(torch.autograd.grad(total, pairs.image.vector))
     assert gradients[0].count_nonzero() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
@@ -337,9 +337,9 @@ def test_the_share_mixes_batch_and_bank(pairs, ranking):
     for share in (0.25, 1.0):
         objective = build(bank_config(ranking, share))
         list(steps(objective, pairs, 0, 2))
-        found[share] = items(objective(pairs, 0.5, distances)[1])
+        found[share] = items(objective(pairs, 0.5, [distances])[1])
     alone = items(
-        build(ObjectiveConfig(ranking=ranking, infonce=InfoNCEConfig(temperature=0.3)))(pairs, 0.5, distances)[1]
+        build(ObjectiveConfig(ranking=ranking, infonce=InfoNCEConfig(temperature=0.3)))(pairs, 0.5, [distances])[1]
     )
     if ranking != "hinge":  # its margin has moved
         assert found[0.25][f"loss/{ranking}/batch"] == pytest.approx(alone[f"loss/{ranking}"], rel=1e-6)
@@ -349,7 +349,7 @@ def test_the_share_mixes_batch_and_bank(pairs, ranking):
 
 def test_the_batchs_keys_are_remembered_after_the_loss_once_a_step(pairs):
     objective = build(bank_config())
-    _, logs = objective(pairs, 0.0, distances)
+    _, logs = objective(pairs, 0.0, [distances])
     assert items(logs)["bank/filled"] == 0
     assert objective.bank.filled == 7
     assert torch.equal(objective.bank.image_ids[:7], pairs.image_ids)
@@ -363,7 +363,7 @@ def test_erasing_ranks_the_erased_views_with_the_same_loss(pairs):
         infonce=InfoNCEConfig(temperature=0.3, hardness=0.5),
         erasing=ErasingConfig(weight=0.5, irrelevant=0.7),
     )
-    total, logs = build(config)(pairs, 0.5, distances)
+    total, logs = build(config)(pairs, 0.5, [distances])
     loss = InfoNCELoss(config.infonce)
 
     def rank(squared):
@@ -378,7 +378,7 @@ def test_erasing_ranks_the_erased_views_with_the_same_loss(pairs):
 def test_the_center_loss_reads_concepts_and_not_images(pairs):
     config = ObjectiveConfig(center=CenterConfig(weight=1.0))
     objective = build(config)
-    objective(pairs, 0.5, distances)
+    objective(pairs, 0.5, [distances])
     reference = CenterLoss(config.center, 8, 4)
     reference(pairs.image.vector, pairs.text.vector, pairs.concepts)
     torch.testing.assert_close(objective.center.table.centres, reference.table.centres)
@@ -388,7 +388,7 @@ def test_ranking_on_codes_compares_embeddings_with_codes_as_a_search_does(pairs)
     """Images against decoded captions, captions against decoded images, mixed with the plain ranking."""
     fixed = HingeConfig(warmup=0.0, margin=MarginConfig(form="fixed", start=0.4))
     objective = build(ObjectiveConfig(hinge=fixed, quantization=replace(CODES, rank_codes=0.25))).eval()
-    _, logs = objective(pairs, 1.0, distances)
+    _, logs = objective(pairs, 1.0, [distances])
     codebook = objective.quantization.codebook
     image, text = (
         Embeddings.of(codebook.decode(codebook.encode(z.vector)).detach()) for z in (pairs.image, pairs.text)
@@ -413,7 +413,7 @@ def test_codes_of_a_host_with_a_local_space_keep_its_local_half(pairs):
         seen.append((image, text))
         return distances(image, text)
 
-    build(ObjectiveConfig(quantization=replace(CODES, rank_codes=0.5)))(pairs, 1.0, spy)
+    build(ObjectiveConfig(quantization=replace(CODES, rank_codes=0.5)))(pairs, 1.0, [spy])
     assert len(seen) == 3
     for image, text in seen:
         assert torch.equal(image.local, pairs.image.local)
@@ -427,11 +427,11 @@ def test_before_the_codebook_is_made_there_is_no_quantization_term(pairs, weight
     objective = build(config, made=False)
     without = build(ObjectiveConfig(weighting=weighting))
     for _ in range(9):
-        total, logs = objective(pairs, 0.5, distances)
-        expected, expected_logs = without(pairs, 0.5, distances)
+        total, logs = objective(pairs, 0.5, [distances])
+        expected, expected_logs = without(pairs, 0.5, [distances])
         assert total == expected
         assert set(logs) - {"weight/quantization"} == set(expected_logs)
-    _, logs = objective(pairs, 0.5, distances)
+    _, logs = objective(pairs, 0.5, [distances])
     assert {"loss/quantization", "loss/hinge/codes", "codebook/perplexity"} <= set(logs)
 
 
@@ -445,7 +445,7 @@ def test_gradients_are_finite_and_reach_embeddings(embeddings, pairs, ranking, k
         sides = [
             replace(one, vector=x.bfloat16() if bf16 else x) for one, x in ((pairs.image, image), (pairs.text, text))
         ]
-        total, logs = objective(replace(pairs, image=sides[0], text=sides[1]), 0.5, distances)
+        total, logs = objective(replace(pairs, image=sides[0], text=sides[1]), 0.5, [distances])
     total.backward()
     assert total.dtype == torch.float32
     assert all(math.isfinite(value) for value in items(logs).values())
@@ -461,8 +461,8 @@ def test_autocast_changes_neither_value_nor_gradient(pairs, ranking):
     for bf16 in (True, False):
         objective = build(replace(FULL, ranking=ranking))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            objective(pairs, 0.5, distances)
-            total, _ = objective(pairs, 0.5, distances)
+            objective(pairs, 0.5, [distances])
+            total, _ = objective(pairs, 0.5, [distances])
         found.append((total, *torch.autograd.grad(total, (pairs.image.vector, pairs.text.vector))))
     torch.testing.assert_close(found[0], found[1])
 
@@ -488,7 +488,7 @@ def test_embeddings_of_half_precision_are_compared_in_float32(pairs):
         erased=replace(erased, **views),
     )
     for _ in range(2):
-        objective(halves, 0.5, wide)
+        objective(halves, 0.5, [wide])
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -506,7 +506,7 @@ def test_permuting_pairs_changes_nothing(pairs, ranking):
         }
     )
     config = replace(FULL, ranking=ranking)
-    torch.testing.assert_close(build(config)(shuffled, 0.5, distances)[0], build(config)(pairs, 0.5, distances)[0])
+    torch.testing.assert_close(build(config)(shuffled, 0.5, [distances])[0], build(config)(pairs, 0.5, [distances])[0])
 
 
 @pytest.mark.parametrize("form", ["fixed", "A", "B", "C"])
@@ -518,7 +518,7 @@ def test_a_batch_of_one_image_has_nothing_to_rank(embeddings, ranking, form):
         ranking=ranking, hinge=HingeConfig(margin=margin), infonce=InfoNCEConfig(margin=margin, hardness=1.0)
     )
     batch = plain_pairs(image, text, torch.zeros(3, dtype=torch.int64), torch.ones(3, 1))
-    total, logs = build(config)(batch, 0.5, distances)
+    total, logs = build(config)(batch, 0.5, [distances])
     total.backward()
     assert total.item() == pytest.approx(0, abs=1e-7)
     assert torch.isfinite(image.grad).all()
@@ -549,7 +549,7 @@ def test_learning_separates_pairs(config):
         if config.bank.size:
             batch = replace(batch, keys=(Embeddings.of(z.detach()), Embeddings.of(t.detach())))
         optimiser.zero_grad()
-        objective(batch, step / 60, distances)[0].backward()
+        objective(batch, step / 60, [distances])[0].backward()
         optimiser.step()
     assert squared_distances(z, t).argmin(1).tolist() == list(range(12))
 
@@ -594,7 +594,7 @@ def test_a_host_without_vectors_is_ranked_by_its_own_distances():
     config = ObjectiveConfig(ranking="infonce", bank=BankConfig(size=6), erasing=ErasingConfig(weight=1.0))
     objective = build(config, shape)
     for _ in range(2):
-        total, _ = objective(batch, 0.5, best_parts)
+        total, _ = objective(batch, 0.5, [best_parts])
     total.backward()
     assert image.parts.grad.count_nonzero() > 0
     assert objective.bank.filled == 6
@@ -629,15 +629,32 @@ def test_margins_that_compare_captions_do_not_go_with_a_bank(form):
 
 def test_a_bank_asks_for_keys(pairs):
     with pytest.raises(ValueError, match="found pairs without keys; the memory bank expects them"):
-        build(ObjectiveConfig(bank=BankConfig(size=4)))(replace(pairs, keys=None), 0.5, distances)
+        build(ObjectiveConfig(bank=BankConfig(size=4)))(replace(pairs, keys=None), 0.5, [distances])
 
 
 def test_erasing_asks_for_erased_views(pairs):
     with pytest.raises(ValueError, match="found pairs without erased views; the erasing loss expects them"):
-        build(ObjectiveConfig(erasing=ErasingConfig(weight=1.0)))(replace(pairs, erased=None), 0.5, distances)
+        build(ObjectiveConfig(erasing=ErasingConfig(weight=1.0)))(replace(pairs, erased=None), 0.5, [distances])
 
 
 def test_the_fixed_temperature_is_kept(pairs):
     objective = build(ObjectiveConfig(ranking="infonce", infonce=InfoNCEConfig(temperature=0.3, learn=False)))
-    _, logs = objective(pairs, 0.0, distances)
+    _, logs = objective(pairs, 0.0, [distances])
     assert items(logs)["temperature"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_ranking_and_erasing_are_means_over_spaces(pairs, ranking):
+    def within(start):
+        return lambda one, other: squared_distances(
+            one.vector[:, start : start + 4], other.vector[:, start : start + 4]
+        )
+
+    config = replace(FULL, ranking=ranking, hinge=HingeConfig(margin=MarginConfig(form="fixed")))
+    halves = [within(0), within(4)]
+    _, logs = build(config)(pairs, 0.5, halves)
+    alone = [build(config)(pairs, 0.5, [half])[1] for half in halves]
+    for name in (f"loss/{ranking}", f"loss/{ranking}/bank", "loss/erasing", "loss/erasing/kept"):
+        assert float(logs[name]) == pytest.approx(float(alone[0][name] + alone[1][name]) / 2, rel=1e-5)
+    assert logs["loss/center"] == alone[0]["loss/center"]
+    assert float(logs["gap"]) == pytest.approx(float(alone[0]["gap"] + alone[1]["gap"]) / 2, rel=1e-5)
