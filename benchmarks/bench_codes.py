@@ -32,7 +32,7 @@ Rotation = Callable[[Tensor, int], Tensor]
 """(sample (N, E), sub-spaces) -> (E, E)."""
 
 
-def no_rotation(sample: Tensor, subspaces: int) -> Tensor:  # noqa: ARG001 - as every `Rotation`
+def no_rotation(sample: Tensor, _: int) -> Tensor:
     """FAISS PQ."""
     return torch.eye(sample.shape[1])
 
@@ -68,7 +68,8 @@ def vectors(run: Path, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     reader = FeatureReader(inputs)
     images, captions, _ = embed_split(model, reader, "train")
     asked, answers, owner = embed_split(model, reader, split)
-    return *(model.index_vectors(some) for some in (images, captions, asked, answers)), owner  # type: ignore[return-value]  # four and one
+    indexed = model.index_vectors
+    return indexed(images), indexed(captions), indexed(asked), indexed(answers), owner
 
 
 def main() -> None:

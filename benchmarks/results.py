@@ -1,18 +1,20 @@
 """Trains and measures every method with several seeds, and writes the tables of docs/results.md.
 
     python benchmarks/results.py --root DIR [--dataset flickr8k] [--cache DIR] [--runs DIR] [--seeds 3] [--only WORD]
+                                 [--jobs 1]
 
-Features must be in the cache (`python -m pipeline featurize`). A finished run is never trained again and an
+Features must be in the cache (`python -m pipeline featurize METHOD`). A finished run is never trained again and an
 interrupted one goes on, so the command may be stopped and typed again; rows without all their runs are left out.
-Everything is measured on the val part.
+Everything is measured on the val part. Seconds are those of one of `--jobs` processes that share the machine's cores.
 """
 
 import argparse
 import json
-import re
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,51 +54,56 @@ class Row:
         return [word for key, value in self.changes.items() for word in (f"--train.{key}", value)]
 
 
-def _sede(method: str) -> list[Row]:
-    """The host alone, each module alone, all together."""
-    none = {"objective.erasing.weight": "0", "objective.bank.size": "0", "objective.infonce.hardness": "0"}
-    bank = "256" if method == "sede-scan" else "2048"
-    return [
-        Row("host alone, InfoNCE", method, none),
-        Row("+ erasing", method, {**none, "objective.erasing.weight": "0.2"}),
-        Row("+ memory bank", method, {**none, "objective.bank.size": bank}),
-        Row("+ weighted InfoNCE", method, {**none, "objective.infonce.hardness": "2"}),
-        Row(f"all: `{method}`", method),
+def _alone(method: str, first: str, off: dict[str, str], names: dict[str, str], rest: list[Row]) -> list[Row]:
+    """The method without its modules, with each of them alone as the recipe sets it, and other rows.
+
+    Args:
+        method: the recipe.
+        first: what it is without them.
+        off: settings that switch the modules off.
+        names: what each row with one module is called, by the setting that stays as it is.
+        rest: rows that follow.
+    """
+    without = [
+        Row(name, method, {other: value for other, value in off.items() if other != key}) for key, name in names.items()
     ]
+    return [Row(first, method, off), *without, *rest]
 
 
-_HINGE = {"objective.center.weight": "0", "objective.quantization.weight": "0"}
+def _sede(method: str) -> list[Row]:
+    names = {
+        "objective.erasing.weight": "+ erasing",
+        "objective.bank.size": "+ memory bank",
+        "objective.infonce.hardness": "+ weighted InfoNCE",
+    }
+    return _alone(method, "host alone, InfoNCE", dict.fromkeys(names, "0"), names, [Row(f"all: `{method}`", method)])
+
+
+_PLAIN = {"objective.center.weight": "0", "objective.quantization.weight": "0"}
+_FIXED = {**_PLAIN, "objective.hinge.margin.form": "fixed"}
+_NO_CODES = {"objective.hinge.margin.form": "fixed", "objective.quantization.weight": "0"}
 _GLOBAL = {"objective.local.weight": "0", "model.local.dim": "0"}
 SECTIONS: dict[str, list[Row]] = {
-    "Baselines": [
-        *(Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix")),
-        Row("`isthmus`", "isthmus"),
-    ],
-    "LESS": [
-        Row("hinge, fixed margin", "less", {**_HINGE, "objective.hinge.margin.form": "fixed"}),
-        Row("adaptive margin A", "less", _HINGE),
-        Row("adaptive margin B", "less", {**_HINGE, "objective.hinge.margin.form": "B"}),
-        Row("adaptive margin C", "less", {**_HINGE, "objective.hinge.margin.form": "C"}),
-        Row("A + center loss, images", "less", {"objective.quantization.weight": "0"}),
-        Row(
-            "A + center loss, caption clusters",
-            "less",
-            {"objective.quantization.weight": "0", "objective.center.concept": "cluster"},
-        ),
-        Row(
-            "A + center loss, words",
-            "less",
-            {"objective.quantization.weight": "0", "objective.center.concept": "lexical"},
-        ),
-        Row(
-            "A + center loss without a table",
-            "less",
-            {"objective.quantization.weight": "0", "objective.center.form": "batch"},
-        ),
-        Row("A + product codes", "less", {"objective.center.weight": "0"}),
-        Row("all: `less`", "less"),
-        Row("all, weights learned", "less", {"objective.weighting": "uncertainty"}),
-    ],
+    "Baselines": [Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix", "isthmus")],
+    "LESS": _alone(
+        "less",
+        "hinge, fixed margin",
+        _FIXED,
+        {
+            "objective.hinge.margin.form": "+ adaptive margin A",
+            "objective.center.weight": "+ center loss, images",
+            "objective.quantization.weight": "+ product codes",
+        },
+        [
+            Row("+ adaptive margin B", "less", {**_PLAIN, "objective.hinge.margin.form": "B"}),
+            Row("+ adaptive margin C", "less", {**_PLAIN, "objective.hinge.margin.form": "C"}),
+            Row("+ center loss, caption clusters", "less", {**_NO_CODES, "objective.center.concept": "cluster"}),
+            Row("+ center loss, words", "less", {**_NO_CODES, "objective.center.concept": "lexical"}),
+            Row("+ center loss without a table", "less", {**_NO_CODES, "objective.center.form": "batch"}),
+            Row("all: `less`", "less"),
+            Row("all, weights learned", "less", {"objective.weighting": "uncertainty"}),
+        ],
+    ),
     "HIER": [Row("global space alone", "hier", _GLOBAL), Row("global and local: `hier`", "hier")],
     "SEDE on VSE": _sede("sede-vse"),
     "SEDE on SCAN": _sede("sede-scan"),
@@ -106,12 +113,12 @@ SECTIONS: dict[str, list[Row]] = {
 
 def run_folder(row: Row, seed: int, runs: Path) -> Path:
     """Where a row's run with this seed is; its name tells all of its settings."""
-    name = "_".join([row.method, *(f"{key.rpartition('.')[2]}-{value}" for key, value in row.changes.items())])
-    return runs / f"{re.sub(r'[^A-Za-z0-9_+.-]', '-', name)}_seed{seed}"
+    changes = (f"{key.removeprefix('objective.')}={value}" for key, value in row.changes.items())
+    return runs / "_".join([row.method, *changes, f"seed{seed}"])
 
 
 def train(row: Row, seed: int, folder: Path, given: argparse.Namespace) -> None:
-    """Train and measure one run in a process of its own."""
+    """Train and measure one run in a process of its own, on its share of the cores."""
     command = [sys.executable, "-m", "pipeline", "train"]
     if (folder / "config.yaml").exists():
         command += ["--resume", str(folder)]
@@ -120,7 +127,14 @@ def train(row: Row, seed: int, folder: Path, given: argparse.Namespace) -> None:
         places += ["--cache", str(given.cache.absolute()), "--runs", str(folder.parent), "--name", folder.name]
         command += [row.method, *places, "--train.workers", "0", "--train.seed", str(seed), *row.flags()]
     print(" ".join(command), flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    cores = max(1, len(os.sched_getaffinity(0)) // given.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    if given.jobs > 1:  # several progress bars on one line tell nothing
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "output.txt").open("a") as output:
+            subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    else:
+        subprocess.run(command, cwd=ROOT, check=True, env=environment)
 
 
 def mean_hits(folders: list[Path]) -> Clusters:
@@ -129,14 +143,10 @@ def mean_hits(folders: list[Path]) -> Clusters:
     return Clusters(torch.stack([clusters.found for clusters in held]).mean(0), held[0].captions)
 
 
-def bytes_of(folder: Path) -> int:
-    """Bytes that one image takes in the index; of a host without an index, its parts."""
+def bytes_of(folder: Path) -> str:
+    """Bytes that one image takes in the index in float32; nothing for a host that compares parts and has none."""
     index = folder / "index" / "index.json"
-    if index.exists():
-        return 4 * int(json.loads(index.read_text())["dimensions"])
-    model = json.loads((folder / "model" / "model.json").read_text())
-    views = max(len(columns) for columns in model["inputs"]["image_parts"])
-    return 4 * 9 * views * int(model["model"]["dim"])  # nine cells of each view
+    return str(4 * int(json.loads(index.read_text())["dimensions"])) if index.exists() else ""
 
 
 def line(row: Row, folders: list[Path], first: list[Path]) -> str:
@@ -159,7 +169,7 @@ def line(row: Row, folders: list[Path], first: list[Path]) -> str:
     took = [json.loads((folder / "training.json").read_text()) for folder in folders]
     shown.append(f"{sum(one['seconds'] for one in took) / len(took):.0f}")
     shown.append(f"{took[0]['parameters'] / 1e6:.1f} M")
-    shown.append(f"{bytes_of(folders[0])}")
+    shown.append(bytes_of(folders[0]))
     return f"| {row.name} | " + " | ".join(shown) + " |"
 
 
@@ -169,7 +179,7 @@ def tables(given: argparse.Namespace) -> Iterator[str]:
         done: list[tuple[Row, list[Path]]] = []
         for row in rows:
             folders = [run_folder(row, seed, given.runs.absolute()) for seed in range(given.seeds)]
-            if all((folder / "hits.npz").exists() for folder in folders):
+            if all((folder / "report.html").exists() for folder in folders):
                 done.append((row, folders))
         if done and done[0][0] is rows[0]:
             yield from ["", f"### {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -184,14 +194,21 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     parser.add_argument("--runs", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--only", default="", metavar="WORD", help="train only sections whose title holds this word")
     given = parser.parse_args()
-    for title, rows in SECTIONS.items():
-        for row in rows if given.only.lower() in title.lower() else []:
-            for seed in range(given.seeds):
-                folder = run_folder(row, seed, given.runs.absolute())
-                if not (folder / "metrics.json").exists():
-                    train(row, seed, folder, given)
+    wanted = [rows for title, rows in SECTIONS.items() if given.only.lower() in title.lower()]
+    runs = given.runs.absolute()
+    missing = [
+        (row, seed, folder)
+        for seed in range(given.seeds)
+        for rows in wanted
+        for row in rows
+        if not ((folder := run_folder(row, seed, runs)) / "report.html").exists()
+    ]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for done in [pool.submit(train, *one, given) for one in missing]:
+            done.result()
     before, _, rest = RESULTS.read_text("utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     RESULTS.write_text("\n".join([before + BEGIN, *tables(given), "", END + after]), "utf-8")

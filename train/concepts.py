@@ -27,7 +27,7 @@ def image_concepts(
     """The concept of each training image; only what the kind of concept needs is read.
 
     Args:
-        config: kind, and number of clusters.
+        config: kind, and number of clusters; without the center loss (weight 0) every image is its own concept.
         images: n.
         sentences: gives what `cluster_concepts` reads: (M, S) sentence vectors of the captions and (M,) the place of
             each one's image, 0 to n-1.
@@ -40,6 +40,8 @@ def image_concepts(
     Raises:
         SettingsError: see `cluster_concepts`.
     """
+    if not config.weight:
+        return np.arange(images), images
     match config.concept:
         case "image":
             found = np.arange(images)

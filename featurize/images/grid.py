@@ -8,7 +8,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featurize.encoder import JSON, Card, EncoderError, Output, Precision, freeze, frozen_forward, usable_precision
-from featurize.images.names import ClassNames
 from featurize.images.preprocessing import Preprocessing
 
 COARSE = 3
@@ -19,7 +18,6 @@ class GridEncoder:
     """An `ImageEncoder` with the outputs "grid" (N, D), cells row by row, "coarse" (9, D) and "pooled" (D,).
 
     Coarse is the grid averaged into 3 by 3 cells; a smaller grid, or one of images that are not square, has none.
-    With `names` there is "names" (768,) too: what the network's classifier sees, in words.
 
     Args:
         name: the card's name.
@@ -28,7 +26,6 @@ class GridEncoder:
         preprocessing: from images to the network's input.
         precision: of the forward pass; float32 where the device has no bfloat16.
         device: where the network runs, e.g. "cpu", "cuda".
-        names: from pooled vectors to "names"; None: there is no such output.
         ingredients: what else could change the outputs; recorded in the card.
     """
 
@@ -41,13 +38,11 @@ class GridEncoder:
         *,
         precision: Precision,
         device: str,
-        names: ClassNames | None = None,
         ingredients: dict[str, JSON] | None = None,
     ) -> None:
         self._device = torch.device(device)
         self._precision = usable_precision(precision, self._device)
         self._network = network
-        self._names = None if names is None else names.requires_grad_(requires_grad=False).to(self._device)
         self._preprocessing = preprocessing
         freeze(network, self._precision, self._device)
         self._mean, self._std = (
@@ -61,7 +56,6 @@ class GridEncoder:
             preprocessing={
                 **preprocessing.record(),
                 **(ingredients or {}),
-                **({} if names is None else names.ingredients),
                 "precision": self._precision,
             },
             outputs=tuple(
@@ -80,8 +74,7 @@ class GridEncoder:
             batch: (B, 3, H, W) uint8, rows made by `prepare`.
 
         Returns:
-            "grid" (B, N, D), "pooled" (B, D), and where there are such "names" (B, 768) and "coarse" (B, 9, D);
-            float32 on the CPU.
+            "grid" (B, N, D), "coarse" (B, 9, D) where there is one, and "pooled" (B, D), float32 on the CPU.
 
         Raises:
             EncoderError: the batch has another dtype or number of axes.
@@ -95,8 +88,6 @@ class GridEncoder:
             images.sub_(self._mean).div_(self._std)
             grid, pooled = self._network(images)  # (B, N, D), (B, D)
             outputs = {"grid": grid.cpu().float(), "pooled": pooled.cpu().float()}
-            if self._names is not None:
-                outputs["names"] = self._names(pooled).cpu()
         side = math.isqrt(grid.shape[1])
         if side >= COARSE and side * side == grid.shape[1] and batch.shape[2] == batch.shape[3]:
             square = outputs["grid"].mT.unflatten(2, (side, side))  # (B, D, side, side)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from featurize.encoder import Precision, hash_weights
 from featurize.images.grid import GridEncoder, cells
-from featurize.images.names import ClassNames
 from featurize.images.preprocessing import Whole
 
 # name → (input size in pixels, where its package keeps the weights)
@@ -29,22 +28,14 @@ def open_packaged(name: str, precision: Precision, device: str) -> GridEncoder:
     """Opens "efficientnet-lite0", "efficientnet-lite1" or "efficientnet-lite2".
 
     The grid is the last convolution's output: 49, 64 and 81 cells of 1280 numbers from 0 to 6. Pooled is its
-    mean; names are those of its 1,000 classes.
+    mean.
     """
     size, weights_file = _NETWORKS[name]
     network = EfficientNet.from_name(name)
     network.load_state_dict(torch.load(weights_file(), map_location="cpu", weights_only=True))
     weights = hash_weights(network)
     preprocessing = Whole(size, mean=(127.0,) * 3, std=(128.0,) * 3)
-    return GridEncoder(
-        name,
-        weights,
-        _Features(network),
-        preprocessing,
-        precision=precision,
-        device=device,
-        names=ClassNames(network._fc),  # noqa: SLF001 - the package names its classifier so
-    )
+    return GridEncoder(name, weights, _Features(network), preprocessing, precision=precision, device=device)
 
 
 class _Features(nn.Module):

@@ -1,7 +1,6 @@
 """Text models of the transformers library: each token's last hidden state, and one vector of the caption."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -51,9 +50,7 @@ def open_tokens(reference: str, precision: Precision, device: str) -> "TokenEnco
 
 
 class TokenEncoder:
-    """A `TextEncoder` with the outputs "tokens" (L, D), special tokens included, "sentence" (D,) and "peak" (D,).
-
-    Peak is the largest value of each dimension over the tokens.
+    """A `TextEncoder` with the outputs "tokens" (L, D), special tokens included, and "sentence" (D,).
 
     The sentence is the mean of the tokens, or what 1_Pooling/config.json (sentence-transformers' format) says
     instead: the first or last token. Of the text towers of CLIP and SigLIP it is the pooled output before the
@@ -93,7 +90,6 @@ class TokenEncoder:
             outputs=(
                 Output("tokens", tuple(probe["tokens"][0].shape[1:]), ragged=True),
                 Output("sentence", tuple(probe["sentence"][0].shape)),
-                Output("peak", tuple(probe["peak"][0].shape)),
             ),
         )
 
@@ -112,7 +108,7 @@ class TokenEncoder:
                 of similar length belong together.
 
         Returns:
-            "tokens": B tensors (L_i, D); "sentence" and "peak": (B, D); float32 on the CPU.
+            "tokens": B tensors (L_i, D); "sentence": (B, D); float32 on the CPU.
         """
         lengths = torch.tensor([len(row) for row in batch])
         width = self._limit if self._full_width else int(lengths.max())
@@ -137,7 +133,6 @@ class TokenEncoder:
         return {
             "tokens": [row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)],
             "sentence": F.normalize(sentence, dim=-1),
-            "peak": hidden.masked_fill(~mask[..., None], -math.inf).amax(1),
         }
 
 

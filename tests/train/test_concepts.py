@@ -113,7 +113,7 @@ def test_only_what_the_kind_needs_is_read(kind):
     sentences, caption_image, images = around(np.eye(3), 4)
     labels, idf = np.eye(3, dtype=np.uint8)[np.arange(images) % 3], np.ones(3)
     found, count = image_concepts(
-        CenterConfig(concept=kind, concepts=3),
+        CenterConfig(weight=1.0, concept=kind, concepts=3),
         images,
         unwanted if kind == "lexical" else lambda: (sentences, caption_image),
         unwanted if kind == "cluster" else lambda: (labels, idf),

@@ -40,3 +40,12 @@ def test_labels_for_the_local_loss_are_0_or_1(tiny_cache, tiny_config):
     assert found.labels.shape == (48, 6)
     assert found.labels.unique().tolist() == [0, 1]
     assert found.idf.shape == (6,)
+
+
+@pytest.mark.parametrize("concept", ["cluster", "lexical"])
+def test_without_the_center_loss_nothing_is_read_for_it(tiny_cache, tiny_config, concept):
+    objective = ObjectiveConfig(center=CenterConfig(weight=0.0, concept=concept))
+    reader = FeatureReader(tiny_cache.inputs(replace(tiny_config, objective=objective)))
+    found = Targets.of(reader, "train", objective, 0)
+    assert found.concepts.equal(torch.arange(48))
+    assert found.count == 48

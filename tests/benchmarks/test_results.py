@@ -1,0 +1,43 @@
+"""The rows of docs/results.md: each is a run of its own, and changes settings that its recipe has."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import SECTIONS, run_folder
+from pipeline.config import merge
+from pipeline.recipes import RECIPES
+
+ROWS = [row for rows in SECTIONS.values() for row in rows]
+
+
+def settings(row):
+    changes = {f"train.{key}": value for key, value in row.changes.items()}
+    return merge(RECIPES[row.method].config, changes, row.name)
+
+
+def test_every_row_has_a_folder_and_settings_of_its_own():
+    folders = [run_folder(row, seed, Path("runs")) for row in ROWS for seed in range(3)]
+    assert len(set(folders)) == len(folders)
+    assert max(len(folder.name) for folder in folders) < 200
+    configs = [settings(row) for row in ROWS]
+    assert all(one != other for number, one in enumerate(configs) for other in configs[:number])
+
+
+def test_every_method_is_measured():
+    assert {row.method for row in ROWS} == set(RECIPES)
+
+
+@pytest.mark.parametrize("method", ["sede-vse", "sede-scan", "sede-vsrn"])
+def test_single_modules_keep_the_recipes_values(method):
+    rows = {row.name: settings(row).train.objective for row in ROWS if row.method == method}
+    whole = RECIPES[method].config.train.objective
+    bare = rows["host alone, InfoNCE"]
+    assert (bare.erasing.weight, bare.bank.size, bare.infonce.hardness) == (0, 0, 0)
+    assert rows["+ erasing"].erasing == whole.erasing
+    assert rows["+ memory bank"].bank == whole.bank
+    assert rows["+ weighted InfoNCE"].infonce == whole.infonce
+    assert rows[f"all: `{method}`"] == whole
+    for name, parts in (("+ erasing", 1), ("+ memory bank", 1), ("+ weighted InfoNCE", 1), (f"all: `{method}`", 3)):
+        objective = rows[name]
+        assert sum(map(bool, (objective.erasing.weight, objective.bank.size, objective.infonce.hardness))) == parts
