@@ -24,8 +24,8 @@ from evaluate.embed import embed_split
 from evaluate.protocols import evaluate_full
 from pipeline.config import RunConfig, load_yaml, merge
 from train.batches import FeatureReader
+from train.models import open_model
 from train.quantize import ProductCodebook, dealt_axes
-from train.state import open_model
 
 BYTES = (16, 32, 64)
 Rotation = Callable[[Tensor, int], Tensor]

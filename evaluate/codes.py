@@ -4,7 +4,7 @@ The distance of a query to an item is that to the embedding which the item's cod
 al., Product Quantization for Nearest Neighbor Search, TPAMI 2011, section III-A: a sum over sub-spaces of numbers that
 are looked up in a table made once for each query.
 
-    codebook = fit_codebook(config, *embeddings_of_the_training_split)
+    codebook = open_codebook(run / "model")  # as training left it, of the index vectors of the training split
     codes = encode(codebook, images)
     distances, rows = search_codes(codebook, captions, codes, k=10)
     faiss.write_index(to_faiss(codebook, codes), "images.faiss")
@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evaluate.metrics import Report
-from evaluate.protocols import evaluate_full
-from evaluate.ranks import EvaluationError, Ranks, Relevance, check_embeddings, rank_relevant
-from train.config import QuantizationConfig
+from evaluate.protocols import evaluate_full, rank_against
+from evaluate.ranks import EvaluationError, Ranks, check_embeddings
+from featurize.shards import publish
+from train.config import QuantizationConfig, SettingsError
 from train.quantize import ProductCodebook
 
 if TYPE_CHECKING:
@@ -34,7 +35,39 @@ BYTE = 256
 TILE = 4096
 SAMPLE = 16384
 """Embeddings of each modality that a codebook is fitted to, at most."""
-FILE = "codebook.safetensors"
+CODEBOOK_FILE = "codebook.safetensors"
+"""In a run's `model/`: the codebook, where the run learned codes."""
+
+
+def check_codes(config: QuantizationConfig, dim: int, count: int) -> None:
+    """Refuse, before anything is learned, what cannot be fitted or stored afterwards.
+
+    Args:
+        config: of the run; its sub-spaces and codewords.
+        dim: E, dimensions of the vectors that are indexed.
+        count: embeddings that there are to fit a codebook to, of both modalities.
+
+    Raises:
+        SettingsError: E cannot be cut into sub-spaces, a byte cannot name every codeword, or there are fewer embeddings
+            than codewords.
+    """
+    if config.subspaces < 1 or dim % config.subspaces:
+        raise SettingsError(
+            f"found {config.subspaces} sub-spaces for index vectors of {dim} dimensions (model.dim and, with a local "
+            "space, model.local.dim); expected a divisor: change --train.objective.quantization.subspaces or the "
+            "dimensions"
+        )
+    if config.codewords > BYTE:
+        raise SettingsError(
+            f"found {config.codewords} codewords in a sub-space; expected at most {BYTE}, which one byte can name: "
+            "lower --train.objective.quantization.codewords"
+        )
+    if count < config.codewords:
+        raise SettingsError(
+            f"found {count} embeddings of the training split for {config.codewords} codewords in a sub-space; lower "
+            "--train.objective.quantization.codewords, set --train.objective.quantization.weight 0 (no codes), or "
+            "train on more data"
+        )
 
 
 def fit_codebook(config: QuantizationConfig, images: Tensor, captions: Tensor) -> ProductCodebook:
@@ -49,8 +82,9 @@ def fit_codebook(config: QuantizationConfig, images: Tensor, captions: Tensor) -
         captions: (M, E) embeddings of training captions.
 
     Raises:
-        train.config.SettingsError: there are fewer embeddings than codewords, or E cannot be cut into sub-spaces.
+        SettingsError: what `check_codes` refuses.
     """
+    check_codes(config, images.shape[1], len(images) + len(captions))
     codebook = ProductCodebook(images.shape[1], config.subspaces, config.codewords)
     codebook.initialise(fitting_sample(images, captions))
     return codebook
@@ -67,8 +101,8 @@ def _spread(embeddings: Tensor) -> Tensor:
 
 
 def save_codebook(codebook: ProductCodebook, folder: Path) -> None:
-    """Write the codebook beside a model's weights, as `codebook.safetensors`."""
-    save_file({name: value.contiguous() for name, value in codebook.state_dict().items()}, folder / FILE)
+    """Write the codebook beside a model's weights, as `codebook.safetensors`, whole or not at all."""
+    publish(folder / CODEBOOK_FILE, save({name: value.contiguous() for name, value in codebook.state_dict().items()}))
 
 
 def open_codebook(folder: Path) -> ProductCodebook:
@@ -78,13 +112,14 @@ def open_codebook(folder: Path) -> ProductCodebook:
         EvaluationError: there is none that can be read.
     """
     try:
-        state = load_file(folder / FILE)
+        state = load_file(folder / CODEBOOK_FILE)
         subspaces, codewords, width = state["codewords"].shape
         codebook = ProductCodebook(subspaces * width, subspaces, codewords)
         codebook.load_state_dict(state)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise EvaluationError(
-            f"{folder / FILE}: no codebook ({error}); train with objective.quantization.weight above 0, or fit one"
+            f"{folder / CODEBOOK_FILE}: no codebook ({error}); train with objective.quantization.weight above 0, or "
+            "fit one"
         ) from error
     return codebook
 
@@ -183,20 +218,22 @@ def evaluate_codes(
         EvaluationError: what `encode` and `evaluate.ranks.rank_relevant` refuse.
     """
     return evaluate_full(
-        images, captions, caption_image, split=split, tile=tile, rank=partial(_rank_codes, codebook=codebook)
+        images, captions, caption_image, split=split, tile=tile, rank=partial(rank_codes, codebook=codebook)
     )
 
 
-def _rank_codes(
+def rank_codes(
     images: Tensor, captions: Tensor, caption_image: Tensor, tile: int, *, codebook: ProductCodebook
 ) -> tuple[Ranks, Ranks]:
-    """Ranks by the distance to decoded items, see `evaluate.protocols.Rank`."""
+    """Ranks by the squared distance of float queries to decoded items, see `evaluate.protocols.Rank`.
+
+    Raises:
+        EvaluationError: what `encode` and `evaluate.ranks.rank_relevant` refuse.
+    """
     check_embeddings("images", images)
     check_embeddings("captions", captions)
-    to_text = Relevance.image_to_text(caption_image, len(images))
-    to_image = Relevance.text_to_image(caption_image)
-    coded_images, coded_captions = (codebook.decode(encode(codebook, items)) for items in (images, captions))
-    return rank_relevant(images, coded_captions, to_text, tile), rank_relevant(captions, coded_images, to_image, tile)
+    decoded = codebook.decode(encode(codebook, images)), codebook.decode(encode(codebook, captions))
+    return rank_against((images, captions), decoded, caption_image, tile)
 
 
 def to_faiss(codebook: ProductCodebook, codes: Tensor) -> "faiss.IndexPreTransform":

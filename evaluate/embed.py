@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,12 +11,26 @@ from torch import Tensor
 from featurize.shards import Array
 from train.batches import FeatureReader
 from train.embeddings import Embeddings
-from train.hosts import Host
+from train.hosts import Embedder
 
 BATCH = 1024
 
 
-def embed_image_rows(model: Host, reader: FeatureReader, rows: Array) -> Embeddings:
+class EmbeddedSplit(NamedTuple):
+    """A split as evaluation wants it, on the CPU.
+
+    Attributes:
+        images: N images.
+        captions: M captions.
+        owner: (M,) int64, row of each caption's image among those N.
+    """
+
+    images: Embeddings
+    captions: Embeddings
+    owner: Tensor
+
+
+def embed_image_rows(model: Embedder, reader: FeatureReader, rows: Array) -> Embeddings:
     """Embeddings of image rows (N,) on the CPU, from all views that the cache holds."""
     device = next(model.parameters()).device
 
@@ -26,20 +41,18 @@ def embed_image_rows(model: Host, reader: FeatureReader, rows: Array) -> Embeddi
     return _in_batches(embed, rows)
 
 
-def embed_caption_rows(model: Host, reader: FeatureReader, rows: Array) -> Embeddings:
+def embed_caption_rows(model: Embedder, reader: FeatureReader, rows: Array) -> Embeddings:
     """Embeddings of caption rows (M,) on the CPU."""
     device = next(model.parameters()).device
     return _in_batches(lambda chunk: model.embed_texts(reader.texts(chunk).to(device)), rows)
 
 
-def embed_split(model: Host, reader: FeatureReader, split: str) -> tuple[Embeddings, Embeddings, Tensor]:
-    """A split as evaluation wants it.
-
-    Returns:
-        N images, M captions, and for each caption the row (M,) of its image among those N.
-    """
+def embed_split(model: Embedder, reader: FeatureReader, split: str) -> EmbeddedSplit:
+    """All images and captions of a split, without images that could not be decoded."""
     images, captions = reader.split(split)
-    return embed_image_rows(model, reader, images), embed_caption_rows(model, reader, captions), reader.owners(split)
+    return EmbeddedSplit(
+        embed_image_rows(model, reader, images), embed_caption_rows(model, reader, captions), reader.owners(split)
+    )
 
 
 def _in_batches(embed: Callable[[Array], Embeddings], rows: Array) -> Embeddings:

@@ -21,10 +21,11 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evaluate.ranks import EvaluationError, check_embeddings
+from featurize.shards import publish
 
 Gallery = Literal["images", "captions"]
 
@@ -93,8 +94,8 @@ class HubnessCorrection:
         return total / self.b
 
     def save(self, path: Path) -> None:
-        """Write it as one safetensors file."""
-        save_file({name: tensor.contiguous().clone() for name, tensor in self.state().items()}, path)
+        """Write it as one safetensors file, whole or not at all."""
+        publish(path, save({name: tensor.contiguous().clone() for name, tensor in self.state().items()}))
 
     @classmethod
     def open(cls, path: Path) -> "HubnessCorrection":

@@ -15,7 +15,7 @@ from evaluate.hubness import HubnessCorrection, augment_gallery, augment_queries
 from evaluate.metrics import Report, mean_metrics, measure
 from evaluate.ranks import EvaluationError, Ranks, Relevance, check_embeddings, rank_both, rank_relevant
 from train.embeddings import Embeddings
-from train.hosts import Host
+from train.hosts import Embedder
 
 COCO_IMAGES = 5000
 COCO_FOLD = 1000
@@ -37,22 +37,44 @@ def rank_vectors(images: Tensor, captions: Tensor, caption_image: Tensor, tile: 
     return rank_both(images, captions, Relevance.image_to_text(caption_image, len(images)), tile)
 
 
-def rank_corrected(
-    images: Tensor, captions: Tensor, caption_image: Tensor, tile: int, *, correction: HubnessCorrection
+def rank_against(
+    queries: tuple[Tensor, Tensor], galleries: tuple[Tensor, Tensor], caption_image: Tensor, tile: int
 ) -> tuple[Ranks, Ranks]:
-    """The same with every gallery set back by its hubness."""
-    to_text = Relevance.image_to_text(caption_image, len(images))
-    to_image = Relevance.text_to_image(caption_image)
-    texts = augment_gallery(captions, correction.bias(captions, "captions", tile))
-    pictures = augment_gallery(images, correction.bias(images, "images", tile))
+    """Ranks by squared L2 distance where an item that is looked for is not the vector that it asks with.
+
+    Args:
+        queries: images (N, E) that look for captions, and captions (M, E) that look for images.
+        galleries: the same images (N, E) and captions (M, E) as they are found.
+        caption_image: (M,) int64, row of the image that each caption belongs to; each image has at least one.
+        tile: rows that are scored at once.
+
+    Returns:
+        Image to text, text to image.
+
+    Raises:
+        EvaluationError: what `Relevance` and `rank_relevant` refuse.
+    """
+    images, captions = queries
+    found_images, found_captions = galleries
     return (
-        rank_relevant(augment_queries(images), texts, to_text, tile),
-        rank_relevant(augment_queries(captions), pictures, to_image, tile),
+        rank_relevant(images, found_captions, Relevance.image_to_text(caption_image, len(images)), tile),
+        rank_relevant(captions, found_images, Relevance.text_to_image(caption_image), tile),
     )
 
 
+def rank_corrected(
+    images: Tensor, captions: Tensor, caption_image: Tensor, tile: int, *, correction: HubnessCorrection
+) -> tuple[Ranks, Ranks]:
+    """Ranks as `rank_vectors` gives them, with every gallery set back by its hubness."""
+    galleries = (
+        augment_gallery(images, correction.bias(images, "images", tile)),
+        augment_gallery(captions, correction.bias(captions, "captions", tile)),
+    )
+    return rank_against((augment_queries(images), augment_queries(captions)), galleries, caption_image, tile)
+
+
 def evaluate_host(
-    model: Host,
+    model: Embedder,
     images: Embeddings,
     captions: Embeddings,
     caption_image: Tensor,
@@ -60,7 +82,7 @@ def evaluate_host(
     split: str,
     protocol: str,
     tile: int,
-    correction: HubnessCorrection | None = None,
+    rank: Rank = rank_vectors,
 ) -> Report:
     """Measures a host by its index vectors, or part by part where it has none.
 
@@ -72,7 +94,7 @@ def evaluate_host(
         split: its name, for the report.
         protocol: "full" or "coco".
         tile: rows that are scored at once; memory grows with its square.
-        correction: of hubness, for a host with index vectors.
+        rank: how index vectors are ranked; a host that has none compares parts.
 
     Raises:
         EvaluationError: what `evaluate_full` and `evaluate_coco` refuse.
@@ -80,10 +102,9 @@ def evaluate_host(
     evaluate = evaluate_coco if protocol == "coco" else evaluate_full
     if model.indexable:
         vectors = model.index_vectors(images), model.index_vectors(captions)
-        by = rank_vectors if correction is None else partial(rank_corrected, correction=correction)
-        return evaluate(*vectors, caption_image, split=split, tile=tile, rank=by)
-    rank = partial(rank_compared, distances=model.distances)
-    return evaluate(images, captions, caption_image, split=split, tile=min(tile, COMPARED_TILE), rank=rank)
+        return evaluate(*vectors, caption_image, split=split, tile=tile, rank=rank)
+    compared = partial(rank_compared, distances=model.distances)
+    return evaluate(images, captions, caption_image, split=split, tile=min(tile, COMPARED_TILE), rank=compared)
 
 
 def evaluate_full(

@@ -28,8 +28,8 @@ from featurize.images.decode import decode
 from featurize.images.views import view
 from featurize.shards import Array
 from train.batches import ColumnRef, FeatureReader, Features
-from train.hosts import Host
-from train.state import open_model
+from train.hosts import Embedder
+from train.models import open_model
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Hit:
     sample: Sample
 
 
-def build_index(model: Host, reader: FeatureReader, folder: Path) -> None:
+def build_index(model: Embedder, reader: FeatureReader, folder: Path) -> None:
     """Embed every image of the data set and write the index that searches them.
 
     Raises:
@@ -81,7 +81,7 @@ class Searcher:
         run: folder of a finished run.
 
     Raises:
-        train.state.StateError: the run holds no finished model.
+        train.models.ModelError: the run holds no finished model.
         train.config.SettingsError: its host has no vectors to index.
         evaluate.index.IndexFileError: the run holds no finished index.
     """

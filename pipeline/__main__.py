@@ -83,6 +83,7 @@ USER_ERRORS = {
     "pipeline.tracking": "TrackingError",
     "train.config": "SettingsError",
     "train.loop": "DivergenceError",
+    "train.models": "ModelError",
     "train.state": "StateError",
 }
 """The errors that are answers to the user, by their modules."""

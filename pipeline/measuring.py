@@ -1,24 +1,30 @@
-"""How a run is measured: plain and corrected for hubness, with intervals, and against other runs."""
+"""How a run is measured: plain, corrected for hubness and in codes, with intervals, and against other runs."""
 
 import dataclasses
+import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from evaluate.codes import CODEBOOK_FILE, fit_codebook, open_codebook, rank_codes
 from evaluate.config import HubnessConfig
-from evaluate.embed import embed_caption_rows, embed_image_rows, embed_split
+from evaluate.embed import EmbeddedSplit, embed_caption_rows, embed_image_rows, embed_split
 from evaluate.hubness import HubnessCorrection
 from evaluate.intervals import Clusters, bootstrap, paired_bootstrap
 from evaluate.metrics import Report
-from evaluate.protocols import evaluate_host
+from evaluate.protocols import Rank, evaluate_host, rank_corrected, rank_vectors
 from evaluate.ranks import EvaluationError
+from evaluate.search import CORRECTION_FILE
 from featurize.shards import publish
 from train.batches import FeatureReader, Inputs
-from train.hosts import Host
+from train.config import QuantizationConfig
+from train.hosts import Embedder
+from train.quantize import ProductCodebook
 
 HITS_FILE = "hits.npz"
 
@@ -44,20 +50,17 @@ class Validation:
         """The cache, opened in this process."""
         return FeatureReader(self.inputs)
 
-    def report(self, model: Host, correction: HubnessCorrection | None = None) -> Report:
-        """The full report; corrected for hubness, if a correction is given."""
-        return evaluate_host(
-            model,
-            *embed_split(model, self.reader, self.split),
-            split=self.split,
-            protocol=self.protocol,
-            tile=self.tile,
-            correction=correction,
-        )
+    def embed(self, model: Embedder) -> EmbeddedSplit:
+        """The split's embeddings, for as many reports as are wanted."""
+        return embed_split(model, self.reader, self.split)
 
-    def __call__(self, model: Host) -> Mapping[str, float]:
+    def report(self, model: Embedder, embedded: EmbeddedSplit, rank: Rank = rank_vectors) -> Report:
+        """The full report of a model from its embeddings, ranked by squared distance or in another way."""
+        return evaluate_host(model, *embedded, split=self.split, protocol=self.protocol, tile=self.tile, rank=rank)
+
+    def __call__(self, model: Embedder) -> Mapping[str, float]:
         """The report as flat numbers, for the training loop."""
-        return self.report(model).as_flat()
+        return self.report(model, self.embed(model)).as_flat()
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the opened cache behind."""
@@ -65,7 +68,7 @@ class Validation:
 
 
 def fit_correction(
-    model: Host, reader: FeatureReader, split: str, config: HubnessConfig, seed: int
+    model: Embedder, reader: FeatureReader, split: str, config: HubnessConfig, seed: int
 ) -> HubnessCorrection | None:
     """The hubness correction of a model from queries of the training split; None if none is wanted or possible."""
     if not config.queries or not model.indexable:
@@ -80,25 +83,101 @@ def fit_correction(
     return HubnessCorrection(*banks, config.strength, config.sharpness)
 
 
-def keep(folder: Path, name: str, report: Report, caption_image: torch.Tensor | None = None) -> None:
-    """Write `metrics<name>.json`, and with caption owners which queries found their items, for `compare`."""
+def fit_codes(model: Embedder, reader: FeatureReader, split: str, config: QuantizationConfig) -> ProductCodebook:
+    """The codebook of a model's index vectors of the training split.
+
+    Raises:
+        train.config.SettingsError: what `evaluate.codes.check_codes` refuses.
+    """
+    images, captions, _ = embed_split(model, reader, split)
+    return fit_codebook(config, model.index_vectors(images), model.index_vectors(captions))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A trained model measured in another way than by its plain distances.
+
+    Attributes:
+        name: of its file and its metrics in MLflow ("codes").
+        title: in words ("in codes of 16 bytes").
+        report: what was measured.
+        note: what is told behind its rSum.
+    """
+
+    name: str
+    title: str
+    report: Report
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.title}: rSum {self.report.rsum:.1f}{self.note}"
+
+
+def measure(
+    folder: Path, name: str, validation: Validation, model: Embedder, embedded: EmbeddedSplit
+) -> tuple[Report, list[Measured]]:
+    """Measure a run's model plainly, and by its hubness correction and its codebook where they are stored.
+
+    Writes `metrics<name>.json`, `metrics<name>-corrected.json` and `metrics<name>-codes.json`.
+
+    Args:
+        folder: of the run.
+        name: what the files' names have behind `metrics`.
+        validation: split and protocol.
+        model: the run's.
+        embedded: the split.
+
+    Raises:
+        EvaluationError: what is stored is damaged or does not fit the model.
+    """
+    plain = validation.report(model, embedded)
+    keep(folder, name, plain)
+    others = []
+    stored = folder / "model"
+    if (stored / CORRECTION_FILE).exists():
+        correction = HubnessCorrection.open(stored / CORRECTION_FILE)
+        report = validation.report(model, embedded, partial(rank_corrected, correction=correction))
+        others.append(Measured("corrected", "corrected for hubness", report))
+    if (stored / CODEBOOK_FILE).exists():
+        codebook = open_codebook(stored)
+        report = validation.report(model, embedded, partial(rank_codes, codebook=codebook))
+        note = f" ({100 * report.rsum / plain.rsum:.1f} % of the float score)" if plain.rsum else ""
+        others.append(Measured("codes", f"in codes of {len(codebook.codewords)} bytes", report, note))
+    for other in others:
+        keep(folder, f"{name}-{other.name}", other.report)
+    return plain, others
+
+
+def keep(folder: Path, name: str, report: Report) -> None:
+    """Write `metrics<name>.json`."""
     publish(folder / f"metrics{name}.json", json.dumps(report.as_dict(), indent=1).encode())
-    if caption_image is not None:
-        to_text, to_image = report.ranks
-        clusters = Clusters.of(to_text, to_image, caption_image)
-        np.savez(folder / HITS_FILE, found=clusters.found.numpy(), captions=clusters.captions.numpy())
+
+
+def keep_hits(folder: Path, report: Report, caption_image: torch.Tensor) -> None:
+    """Write which queries found their items, for `compare`.
+
+    Args:
+        folder: of the run.
+        report: with its ranks.
+        caption_image: (M,) int64, row of the image that each caption belongs to.
+    """
+    to_text, to_image = report.ranks
+    clusters = Clusters.of(to_text, to_image, caption_image)
+    held = io.BytesIO()
+    np.savez(held, found=clusters.found.numpy(), captions=clusters.captions.numpy())
+    publish(folder / HITS_FILE, held.getvalue())
 
 
 def read_hits(run: Path) -> Clusters:
     """What a finished run found.
 
     Raises:
-        EvaluationError: the run is not finished.
+        EvaluationError: the run is not finished, or the file is damaged.
     """
     try:
-        with np.load(run / HITS_FILE) as held:
+        with np.load(io.BytesIO((run / HITS_FILE).read_bytes())) as held:
             return Clusters(torch.from_numpy(held["found"]), torch.from_numpy(held["captions"]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise EvaluationError(f"{run}: no {HITS_FILE} of a finished run ({error}); train it to its end") from error
 
 

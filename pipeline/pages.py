@@ -1,14 +1,14 @@
 """The pages of a run: what it learned, and what a search found."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.embed import embed_split
+from evaluate.embed import EmbeddedSplit
 from evaluate.metrics import Report
 from evaluate.report import Answer, Curve, run_page, search_page
 from evaluate.report import Hit as Shown
@@ -19,7 +19,7 @@ from pipeline.config import RunConfig, to_dict
 from pipeline.tracking import METRICS_FILE
 from train.batches import FeatureReader
 from train.embeddings import Embeddings
-from train.hosts import Host
+from train.hosts import Embedder
 from train.losses.distances import squared_distances
 
 EXAMPLES = 5
@@ -52,12 +52,26 @@ def write_search_page(path: Path, run: str, answers: Sequence[tuple[str | Path, 
 
 
 def write_run_page(
-    folder: Path, config: RunConfig, reports: dict[str, Report], model: Host, reader: FeatureReader
+    folder: Path,
+    config: RunConfig,
+    reports: Mapping[str, Report],
+    model: Embedder,
+    reader: FeatureReader,
+    embedded: EmbeddedSplit,
 ) -> Path:
-    """`report.html` of a run: metrics, curves, retrievals in both directions on the evaluate split, settings."""
+    """`report.html` of a run: metrics, curves, retrievals in both directions on the evaluate split, settings.
+
+    Args:
+        folder: of the run.
+        config: its settings.
+        reports: what was measured, by name, the trained model first.
+        model: the trained model.
+        reader: of its cache.
+        embedded: the evaluate split.
+    """
     path = folder / "report.html"
     split = config.data.evaluate
-    images, captions, owner = embed_split(model, reader, split)
+    images, captions, owner = embedded
 
     def nearest_images(caption: int) -> list[tuple[int, float]]:
         return _nearest(_distances(model, images, captions[caption : caption + 1])[:, 0])
@@ -101,7 +115,7 @@ def write_run_page(
     return path
 
 
-def _distances(model: Host, images: Embeddings, captions: Embeddings) -> Tensor:
+def _distances(model: Embedder, images: Embeddings, captions: Embeddings) -> Tensor:
     """L2 distances (N, M) as they are measured."""
     with torch.inference_mode():
         if model.indexable:

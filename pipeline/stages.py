@@ -6,14 +6,15 @@ Each stage is a function of a `RunConfig`; the command line calls them by name.
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from evaluate.embed import embed_split
-from evaluate.hubness import HubnessCorrection
+from evaluate.codes import check_codes, save_codebook
+from evaluate.embed import EmbeddedSplit
 from evaluate.metrics import CollapseWarning, Report
 from evaluate.search import CORRECTION_FILE, Hit, Searcher, build_index
 from evaluate.tune import tune_share
@@ -25,13 +26,13 @@ from featurize.extract import featurize as extract
 from featurize.shards import publish
 from pipeline import pages, tracking
 from pipeline.config import CONFIG_FILE, RunConfig, dump_yaml, load_yaml, merge, run_name
-from pipeline.measuring import Validation, comparison, fit_correction, keep
+from pipeline.measuring import Measured, Validation, comparison, fit_codes, fit_correction, keep_hits, measure
 from pipeline.sessions import ray_session
-from train.batches import FeatureReader, Inputs, wanted_outputs
+from train.batches import Inputs, wanted_outputs
 from train.fit import fit
-from train.hosts import DualEncoder
+from train.hosts import DualEncoder, Embedder
 from train.loop import Work, feature_dims, start
-from train.state import open_model, save_model
+from train.models import open_model, save_model
 from train.targets import Targets
 
 
@@ -75,12 +76,6 @@ def _new_run(config: RunConfig) -> Path:
     return folder
 
 
-def _work(config: RunConfig, dataset: Dataset, columns: list[PlannedColumn], log: tracking.Tracker) -> Work:
-    inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
-    validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
-    return Work(config.train, inputs, config.data.train, validation, log.log)
-
-
 def _protocol(config: RunConfig, asked: str | None = None) -> str:
     protocol = asked or config.evaluate.protocol
     return protocol_of(config.data) if protocol == "auto" else protocol
@@ -88,6 +83,36 @@ def _protocol(config: RunConfig, asked: str | None = None) -> str:
 
 def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[PlannedColumn]) -> None:
     """Fit heads in a run folder, measure them, index them and write the report; MLflow sees it all."""
+    inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
+    validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
+    with _tracked(config, folder, dataset, columns) as tracker:
+        work = Work(config.train, inputs, config.data.train, validation, tracker.log)
+        untrained = _measure_untrained(work, validation)
+        print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
+        fitted = fit(work, folder)
+        model, embedded = _finish_model(config, folder / "model", validation)
+        learned = sum(parameter.numel() for parameter in model.parameters())
+        took = {**dataclasses.asdict(fitted), "parameters": learned}
+        publish(folder / "training.json", json.dumps(took, indent=1).encode())
+        trained, others = measure(folder, "", validation, model, embedded)
+        keep_hits(folder, trained, embedded.owner)
+        if model.indexable:
+            build_index(model, validation.reader, folder / "index")
+        reports = {"trained": trained, "untrained": untrained, **{other.title: other.report for other in others}}
+        page = pages.write_run_page(folder, config, reports, model, validation.reader, embedded)
+        tracker.log(_final_numbers(trained, others, took), 0)
+        for file in (folder / CONFIG_FILE, folder / "metrics.json", page):
+            tracker.artifact(file)
+        tracker.artifact(folder / "model", "checkpoint")
+        told = [trained.as_table(), f"untrained: rSum {untrained.rsum:.1f}", *map(str, others)]
+        print(_summary(config, folder, dataset, told, page, tracker))
+
+
+@contextmanager
+def _tracked(
+    config: RunConfig, folder: Path, dataset: Dataset, columns: list[PlannedColumn]
+) -> Iterator[tracking.Tracker]:
+    """The MLflow run that the folder has, or a new one that knows its data; closed with how the block ended."""
     if (folder / tracking.RUN_FILE).exists():
         tracker = tracking.resume(folder)
     else:
@@ -97,44 +122,7 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
             tracker.dataset(f"{dataset.name}-{split}", str(dataset.folder), dataset.id, context)
     status: tracking.Status = "FAILED"
     try:
-        work = _work(config, dataset, columns, tracker)
-        assert isinstance(work.validate, Validation)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CollapseWarning)  # untrained heads may well know nothing
-            reader = FeatureReader(work.inputs)
-            targets = Targets.of(reader, work.split, config.train.objective, config.train.seed)
-            untrained = work.validate.report(start(work, reader, targets, torch.device("cpu")).evaluated.eval())
-        print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
-        fitted = fit(work, folder)
-        publish(folder / "training.json", json.dumps(dataclasses.asdict(fitted), indent=1).encode())
-        model, _ = open_model(folder / "model")
-        if isinstance(model, DualEncoder) and model.image_local is not None:
-            share = tune_share(model, *embed_split(model, reader, config.data.evaluate), tile=config.evaluate.tile)
-            print(f"local space: share {share:.2f} of the similarity is best on {config.data.evaluate}", flush=True)
-            dims = feature_dims(reader, config.train)
-            save_model(folder / "model", model.state_dict(), config.train.model, dims, work.inputs)
-        trained = work.validate.report(model)
-        keep(folder, "", trained, reader.owners(config.data.evaluate))
-        reports = {"trained": trained, "untrained": untrained}
-        logged = {**trained.as_flat(), **{f"fit/{k}": float(v) for k, v in dataclasses.asdict(fitted).items()}}
-        correction = fit_correction(model, reader, config.data.train, config.evaluate.hubness, config.train.seed)
-        if correction is not None:
-            correction.save(folder / "model" / CORRECTION_FILE)
-            reports["corrected for hubness"] = corrected = work.validate.report(model, correction)
-            keep(folder, "-corrected", corrected)
-            logged |= {f"corrected/{name}": value for name, value in corrected.as_flat().items()}
-        if model.indexable:
-            build_index(model, reader, folder / "index")
-        page = pages.write_run_page(folder, config, reports, model, reader)
-        tracker.log(logged, 0)
-        for path, under in (
-            (folder / CONFIG_FILE, ""),
-            (folder / "metrics.json", ""),
-            (page, ""),
-            (folder / "model", "checkpoint"),
-        ):
-            tracker.artifact(path, under)
-        print(_summary(config, folder, dataset, reports, page, tracker))
+        yield tracker
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -143,14 +131,65 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
         tracker.close(status)
 
 
+def _measure_untrained(work: Work, validation: Validation) -> Report:
+    """What the heads know before they learn.
+
+    Raises:
+        SettingsError: settings do not fit each other or the data, or codes could not be fitted and stored afterwards.
+    """
+    reader, config = validation.reader, work.config
+    targets = Targets.of(reader, work.split, config.objective, config.seed)
+    model = start(work, reader, targets, torch.device("cpu")).evaluated.eval()
+    embedded = validation.embed(model)
+    if config.objective.quantization.weight:
+        dim = model.index_vectors(embedded.images).shape[1]
+        check_codes(config.objective.quantization, dim, sum(map(len, reader.split(work.split))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)  # untrained heads may well know nothing
+        return validation.report(model, embedded)
+
+
+def _finish_model(config: RunConfig, folder: Path, validation: Validation) -> tuple[Embedder, EmbeddedSplit]:
+    """Store with the trained model what is chosen or fitted after training: local share, correction, codebook.
+
+    Args:
+        config: of the run.
+        folder: of the model.
+        validation: on the split that the share is chosen on.
+
+    Returns:
+        The model, and the embeddings of that split.
+    """
+    model, inputs = open_model(folder)
+    reader, embedded = validation.reader, validation.embed(model)
+    if isinstance(model, DualEncoder) and model.image_local is not None:
+        share = tune_share(model, *embedded, tile=config.evaluate.tile)
+        print(f"local space: share {share:.2f} of the similarity is best on {validation.split}", flush=True)
+        save_model(folder, model.state_dict(), config.train.model, feature_dims(reader, config.train), inputs)
+    correction = fit_correction(model, reader, config.data.train, config.evaluate.hubness, config.train.seed)
+    if correction is not None:
+        correction.save(folder / CORRECTION_FILE)
+    if config.train.objective.quantization.weight:
+        print(f"codes: fitting the codebook to the index vectors of {config.data.train}", flush=True)
+        save_codebook(fit_codes(model, reader, config.data.train, config.train.objective.quantization), folder)
+    return model, embedded
+
+
+def _final_numbers(trained: Report, others: Sequence[Measured], took: Mapping[str, float]) -> dict[str, float]:
+    """What MLflow gets at the end: the plain score, those measured in other ways, and what training took."""
+    beside = {f"{other.name}/{name}": value for other in others for name, value in other.report.as_flat().items()}
+    return {**trained.as_flat(), **{f"fit/{name}": float(value) for name, value in took.items()}, **beside}
+
+
 def _summary(
     config: RunConfig,
     folder: Path,
     dataset: Dataset,
-    reports: Mapping[str, Report],
+    told: Sequence[str],
     page: Path,
     tracker: tracking.Tracker,
 ) -> str:
+    """What is printed at the end: what was measured, where everything is, and what to type next."""
     try:
         shown = folder.relative_to(Path.cwd())
     except ValueError:
@@ -159,8 +198,7 @@ def _summary(
     return "\n".join(
         [
             "",
-            reports["trained"].as_table(),
-            *(f"{name}: rSum {report.rsum:.1f}" for name, report in reports.items() if name != "trained"),
+            *told,
             "",
             f"run     {folder}",
             f"cache   {dataset.folder}",
@@ -223,14 +261,8 @@ def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
     config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     chosen = split or config.data.evaluate
     validation = Validation(inputs, chosen, _protocol(config, protocol), config.evaluate.tile)
-    report = validation.report(model)
-    keep(folder, f"-{chosen}", report)
-    print(report.as_table())
-    correction = folder / "model" / CORRECTION_FILE
-    if correction.exists():
-        corrected = validation.report(model, HubnessCorrection.open(correction))
-        keep(folder, f"-{chosen}-corrected", corrected)
-        print(f"corrected for hubness: rSum {corrected.rsum:.1f}")
+    report, others = measure(folder, f"-{chosen}", validation, model, validation.embed(model))
+    print(report.as_table(), *others, sep="\n")
     if (folder / tracking.RUN_FILE).exists():
         try:
             tracking.sync(folder)

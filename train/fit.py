@@ -17,7 +17,8 @@ from featurize.shards import publish
 from train.batches import FeatureReader
 from train.checkpoints import Checkpoints
 from train.loop import Progress, Work, feature_dims, train_worker
-from train.state import open_model, read_state, save_model
+from train.models import save_model
+from train.state import read_state
 
 
 class ProgressFile:
@@ -125,13 +126,11 @@ class Fitted:
         seconds: on training and validating, all workers at once.
         steps: that were taken.
         epoch: whose weights are kept, from 1.
-        parameters: numbers in the model that were learned.
     """
 
     seconds: float
     steps: int
     epoch: int
-    parameters: int
 
 
 def fit(work: Work, folder: Path) -> Fitted:
@@ -187,6 +186,4 @@ def fit(work: Work, folder: Path) -> Fitted:
         feature_dims(reader, config),
         work.inputs,
     )
-    model, _ = open_model(folder / "model")
-    learned = sum(parameter.numel() for parameter in model.parameters())
-    return Fitted(state["seconds"], state["step"], state["best_epoch"] + 1, learned)
+    return Fitted(state["seconds"], state["step"], state["best_epoch"] + 1)

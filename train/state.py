@@ -1,29 +1,23 @@
-"""Everything that a restart needs, saved and restored whole; and the model that a run leaves behind."""
+"""Everything that a restart needs, saved and restored whole."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from featurize.shards import publish
-from train.batches import Inputs
-from train.config import ModelConfig
-from train.hosts import Host, build_host
-from train.towers import Dims
+from train.hosts import Host
 
 _FILE = "state.pt"
 
 
 class StateError(ValueError):
-    """A checkpoint or model is damaged or belongs to another run."""
+    """A checkpoint is damaged or belongs to another run."""
 
 
 @dataclass
@@ -125,51 +119,3 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError) as error:
         raise StateError(f"{folder / _FILE}: not a readable checkpoint ({error})") from error
     return state
-
-
-def save_model(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    config: ModelConfig,
-    dims: tuple[Dims, Dims],
-    inputs: Inputs,
-) -> None:
-    """Write a model that can be opened without the cache it was trained on: `weights.safetensors`, then `model.json`.
-
-    Args:
-        folder: created if need be.
-        weights: of the host.
-        config: of the model.
-        dims: widths of image and of caption features.
-        inputs: the columns it reads, hence the encoders a query must pass through.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "weights.safetensors")
-    description = {
-        "model": asdict(config),
-        "image_dims": asdict(dims[0]),
-        "text_dims": asdict(dims[1]),
-        "inputs": {**asdict(inputs), "dataset": str(inputs.dataset)},
-    }
-    publish(folder / "model.json", json.dumps(description, indent=1).encode())
-
-
-def open_model(folder: Path) -> tuple[Host, Inputs]:
-    """The saved host, in evaluation mode, and the inputs they expect.
-
-    Raises:
-        StateError: there is no finished model in this folder.
-    """
-    try:
-        description = json.loads((folder / "model.json").read_text("utf-8"))
-        weights = load_file(folder / "weights.safetensors")
-    except (OSError, ValueError) as error:
-        raise StateError(
-            f"{folder}: no finished model ({error}); train one, or continue with `train --resume RUN`"
-        ) from error
-    config = TypeAdapter(ModelConfig).validate_python(description["model"])
-    dims = TypeAdapter(Dims)
-    image, text = (dims.validate_python(description[name]) for name in ("image_dims", "text_dims"))
-    model = build_host(config, image, text)
-    model.load_state_dict(weights)
-    return model.eval().requires_grad_(requires_grad=False), TypeAdapter(Inputs).validate_python(description["inputs"])

@@ -21,7 +21,7 @@ from evaluate.codes import (
 )
 from evaluate.protocols import evaluate_full
 from evaluate.ranks import EvaluationError
-from train.config import QuantizationConfig
+from train.config import QuantizationConfig, SettingsError
 from train.quantize import ProductCodebook
 
 SMALL = QuantizationConfig(subspaces=2, codewords=16)
@@ -165,6 +165,26 @@ def test_a_codebook_that_is_not_there_is_said_so(tmp_path, content):
         (tmp_path / "codebook.safetensors").write_bytes(content)
     with pytest.raises(EvaluationError, match=r"codebook.safetensors: no codebook .*; train with objective.quant"):
         open_codebook(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            QuantizationConfig(subspaces=3),
+            "found 3 sub-spaces for index vectors of 8 dimensions .*; expected a divisor",
+        ),
+        (QuantizationConfig(subspaces=0), "found 0 sub-spaces"),
+        (
+            QuantizationConfig(subspaces=2, codewords=257),
+            "found 257 codewords .*; expected at most 256, which one byte",
+        ),
+        (QuantizationConfig(subspaces=2, codewords=151), "found 150 embeddings .* for 151 codewords"),
+    ],
+)
+def test_codes_that_cannot_be_fitted_or_stored_are_refused(config, message):
+    with pytest.raises(SettingsError, match=message):
+        fit_codebook(config, randn(60, 8), randn(90, 8, seed=1))
 
 
 def test_what_does_not_fit_is_refused():

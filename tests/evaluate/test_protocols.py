@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from evaluate.protocols import evaluate_coco, evaluate_full
+from evaluate.protocols import evaluate_coco, evaluate_full, rank_against
 from evaluate.ranks import EvaluationError
 
 
@@ -43,6 +43,21 @@ def test_full_equals_sorting(tile):
     assert 10 < expected[0] < 90  # neither perfect nor lost
     assert recalls(report) == pytest.approx(expected)
     assert report.rsum == pytest.approx(sum(expected))
+
+
+def test_items_may_be_found_under_other_vectors_than_they_ask_with():
+    pictures, texts, owner = split_of(40, 4, noise=0.8)
+    found_pictures, found_texts = pictures[::-1].copy() * 0.9 + 0.1 * pictures, texts + 0.2
+    queries, galleries = tensors(pictures, texts), tensors(found_pictures, found_texts)
+    to_text, to_image = rank_against(tuple(queries), tuple(galleries), torch.from_numpy(owner), 7)
+    assert to_text.best().tolist() == nearest_own(pictures, found_texts, np.arange(40)[:, None] == owner)
+    assert to_image.best().tolist() == nearest_own(texts, found_pictures, owner[:, None] == np.arange(40))
+
+
+def nearest_own(queries, items, own):
+    """Place of each query's nearest relevant item by sorting scipy's distances, from 1."""
+    order = cdist(queries.astype(np.float64), items.astype(np.float64), "sqeuclidean").argsort(axis=1)
+    return (1 + np.take_along_axis(own, order, axis=1).argmax(axis=1)).tolist()
 
 
 def test_two_images_with_ragged_captions_by_hand():

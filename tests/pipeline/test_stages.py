@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from evaluate.codes import encode, open_codebook, search_codes
+from evaluate.embed import embed_split
 from evaluate.hubness import HubnessCorrection
 from evaluate.search import Searcher
 from evaluate.tune import SHARES
 from pipeline.__main__ import main
 from pipeline.config import RunConfig, load_yaml, merge
+from train.batches import FeatureReader
 
 SMALL = [
     *("--data.scenes.train", "40", "--data.scenes.val", "16", "--data.scenes.test", "8"),
@@ -83,6 +87,67 @@ def test_hubness_is_corrected_beside_the_plain_score(place, done, capsys):
     assert again["rsum"] == pytest.approx(corrected["rsum"])
 
 
+def test_codes_are_stored_and_measured_beside_the_plain_score(place, done, capsys):
+    plain, coded = (json.loads((done / f"metrics{name}.json").read_text()) for name in ("", "-codes"))
+    assert coded.keys() == plain.keys()
+    run = client(place).get_run(json.loads((done / "mlflow.json").read_text())["run_id"])
+    assert run.data.metrics["codes/rsum"] == pytest.approx(coded["rsum"])
+    assert "in codes of 16 bytes" in (done / "report.html").read_text("utf-8")
+    assert type_in("evaluate", done) == 0
+    share = 100 * coded["rsum"] / plain["rsum"]
+    told = f"in codes of 16 bytes: rSum {coded['rsum']:.1f} ({share:.1f} % of the float score)"
+    assert told in capsys.readouterr().out
+    assert json.loads((done / "metrics-val-codes.json").read_text())["rsum"] == pytest.approx(coded["rsum"])
+
+
+def test_stored_codes_find_what_was_measured(done):
+    searcher = Searcher.open(done)
+    images, captions, owner = embed_split(searcher.model, FeatureReader(searcher.inputs), "val")
+    codebook = open_codebook(done / "model")
+    codes = encode(codebook, searcher.model.index_vectors(images))
+    assert codes.shape == (16, 16)
+    distances, rows = search_codes(codebook, searcher.model.index_vectors(captions), codes, k=16)
+    own = distances[rows == owner[:, None]]
+    places = (distances <= own[:, None] + 1e-6).sum(1)  # images of equal codes tie, and a tie counts against
+    measured = json.loads((done / "metrics-codes.json").read_text())["t2i"]
+    for k in (1, 5, 10):
+        assert 100 * (places <= k).double().mean().item() == pytest.approx(measured[f"r{k}"])
+
+
+def test_codes_are_fitted_to_what_is_indexed(place, done, capsys):
+    """A local space (256 dimensions) is part of the index vector beside the global one (64)."""
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "both")
+    assert type_in("run", "hier", *arguments, *SMALL, "--train.objective.quantization.weight", "0.01") == 0
+    assert "in codes of 16 bytes: rSum" in capsys.readouterr().out
+    searcher = Searcher.open(place / "runs" / "both")
+    codebook = open_codebook(place / "runs" / "both" / "model")
+    assert codebook.rotation.shape == (320, 320)
+    vectors = torch.from_numpy(searcher.index.vectors.copy())
+    left = (vectors - codebook.decode(encode(codebook, vectors))).square().sum(1).mean()
+    assert left < 0.5 * (vectors - vectors.mean(0)).square().sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("less", {"objective.quantization.codewords": 257}, "found 257 codewords in a sub-space; expected at most 256"),
+        ("less", {"objective.quantization.codewords": 256}, "found 240 embeddings of the training split for 256 code"),
+        (
+            "hier",
+            {"objective.quantization.weight": 0.01, "model.local.dim": 24},
+            "found 16 sub-spaces for index vectors of 88 dimensions (model.dim and, with a local space, model.local",
+        ),
+    ],
+)
+def test_codes_that_could_not_be_stored_are_refused_before_training(place, done, capsys, method, settings, message):
+    name = "-".join(["refused", method, *map(str, settings.values())])
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", name, *SMALL)
+    changes = [word for key, value in settings.items() for word in (f"--train.{key}", value)]
+    assert type_in("run", method, *arguments, *changes) == 2
+    assert message in capsys.readouterr().err
+    assert not (place / "runs" / name / "checkpoints").exists()
+
+
 def test_a_corrected_search_sets_hubs_back(done):
     searcher = Searcher.open(done)
     query = searcher.embed_texts(["a red ball"])
@@ -149,6 +214,8 @@ def test_every_method_runs_and_is_measured_again(other, capsys):
     assert page.count("data:image/jpeg;base64,") >= 20
     assert type_in("evaluate", other) == 0
     assert json.loads((other / "metrics-val.json").read_text())["rsum"] == pytest.approx(metrics["rsum"])
+    assert not (other / "model" / "codebook.safetensors").exists()  # `less` alone learns codes
+    assert not (other / "metrics-codes.json").exists()
     capsys.readouterr()
     code = type_in("search", other, "a red ball", "--k", "2")
     out = capsys.readouterr()
@@ -202,6 +269,24 @@ def test_search_from_python_agrees_with_the_index(done):
     assert [hit.rank for hit in hits] == [1, 2, 3, 4]
     direct = searcher.nearest(searcher.embed_texts(["something else", "two green stars"]), k=4)[1]
     assert [hit.sample.image_id for hit in direct] == [hit.sample.image_id for hit in hits]
+
+
+def test_a_query_is_embedded_as_the_same_caption_in_the_cache(done):
+    """Sentence and words of captions of several lengths; one without any known word changes nothing for the others."""
+    searcher = Searcher.open(done)
+    reader = FeatureReader(searcher.inputs)
+    captions = reader.dataset.captions
+    by_length = sorted(range(len(captions)), key=lambda row: len(captions[row]))
+    rows = np.array([by_length[0], by_length[len(captions) // 2], by_length[-1]])
+    with torch.inference_mode():
+        cached = searcher.model.index_vectors(searcher.model.embed_texts(reader.texts(rows)))
+    asked = searcher.embed_texts([*(captions[row] for row in rows), "?"])
+    gaps = torch.cdist(asked[:3], cached)  # lengths are 1
+    assert gaps.diagonal().max() < 0.02
+    assert (gaps + torch.eye(3)).min() > 0.1
+    alone = searcher.embed_texts(["?"])
+    assert alone.norm(dim=1).item() == pytest.approx(1, abs=1e-5)
+    assert (alone - asked[3:]).norm() < 0.02
 
 
 def test_a_run_is_evaluated_again_on_another_split(done, capsys):

@@ -30,7 +30,8 @@ from train.config import (
 )
 from train.fit import fit
 from train.loop import DivergenceError, Work, _follow, learning_rate, start, train_worker
-from train.state import StateError, open_model, read_state
+from train.models import ModelError, open_model
+from train.state import StateError, read_state
 from train.targets import Targets
 
 LESS = ObjectiveConfig(
@@ -335,7 +336,7 @@ def test_fit_leaves_a_model_that_opens(tiny_cache, tiny_config, tmp_path):
 
 
 def test_no_model_is_said_to_be_none(tmp_path):
-    with pytest.raises(StateError, match="no finished model"):
+    with pytest.raises(ModelError, match="no finished model"):
         open_model(tmp_path)
 
 

@@ -4,12 +4,13 @@ VSRN (Li et al., ICCV 2019) is `vse` whose image tower reasons over parts: `cont
 """
 
 from train.config import ModelConfig, SettingsError
-from train.hosts.host import Host
+from train.hosts.ensemble import Ensemble
+from train.hosts.host import Embedder, Host
 from train.hosts.scan import CrossAttentionHost
 from train.hosts.vse import DualEncoder
 from train.towers import Dims
 
-__all__ = ["CrossAttentionHost", "DualEncoder", "Host", "build_host"]
+__all__ = ["CrossAttentionHost", "DualEncoder", "Embedder", "Ensemble", "Host", "build_host"]
 
 
 def build_host(config: ModelConfig, image: Dims, text: Dims) -> Host:

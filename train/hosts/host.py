@@ -13,19 +13,59 @@ from train.noise import Noise
 from train.towers import Encoded, Tower
 
 
-class Host(nn.Module):
-    """Two towers that meet.
+class Embedder(nn.Module):
+    """What embeds images and captions, as evaluation and search see it.
+
+    Attributes:
+        indexable: whether an image is one vector whose distance to a caption's vector ranks it.
+    """
+
+    indexable: bool
+
+    def embed_images(self, features: Features) -> Embeddings:
+        """Embeddings of N images, float32."""
+        raise NotImplementedError
+
+    def embed_texts(self, features: Features) -> Embeddings:
+        """Embeddings of N captions, float32."""
+        raise NotImplementedError
+
+    def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:
+        """One embedding of images from those of their views."""
+        raise NotImplementedError
+
+    def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
+        """Squared distances (N, M) of N images to M captions; -d² is the score."""
+        raise NotImplementedError
+
+    def index_vectors(self, embeddings: Embeddings) -> Tensor:
+        """The vectors (N, E') that are indexed and measured, of an indexable host; squared distances rank."""
+        raise NotImplementedError
+
+    def require_index(self) -> None:
+        """Refuse a host without vectors.
+
+        Raises:
+            SettingsError: the host compares parts.
+        """
+        if not self.indexable:
+            raise SettingsError(
+                "this model compares every query with the parts of every image (model.host scan), so there is no "
+                "vector to index or to search; take a run whose model.host is vse"
+            )
+
+
+class Host(Embedder):
+    """Two towers that meet, as training sees them.
 
     Attributes:
         config: of the model.
         image: tower of images.
         text: tower of captions.
-        indexable: whether an image is one vector whose distance to a caption's vector ranks it.
     """
 
     image: Tower
     text: Tower
-    indexable: bool
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,10 +77,6 @@ class Host(nn.Module):
 
     def finish_texts(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
         """Embeddings from what the text tower encoded; of the parts in `mask` (N, K) only, if one is given."""
-        raise NotImplementedError
-
-    def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
-        """Squared distances (N, M) of N images to M captions, for losses; -d² is the score."""
         raise NotImplementedError
 
     def spaces(self) -> list[Distances]:
@@ -57,32 +93,12 @@ class Host(nn.Module):
         """
         raise NotImplementedError
 
-    def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:
-        """One embedding of images from those of their views."""
-        raise NotImplementedError
-
-    def index_vectors(self, embeddings: Embeddings) -> Tensor:
-        """The vectors (N, E') that are indexed and measured, of an indexable host; squared distances rank."""
-        raise NotImplementedError
-
-    def require_index(self) -> None:
-        """Refuse a host without vectors.
-
-        Raises:
-            SettingsError: the host compares parts.
-        """
-        if not self.indexable:
-            raise SettingsError(
-                f"host {self.config.host} compares every query with the parts of every image, so there is no vector "
-                "to index or to search; take a run whose model.host is vse"
-            )
-
     def embed_images(self, features: Features, noise: Noise | None = None) -> Embeddings:
-        """Embeddings of N images, float32."""
+        """See `Embedder.embed_images`; `noise` only while training."""
         return self.finish_images(self.image.encode(features, noise))
 
     def embed_texts(self, features: Features, noise: Noise | None = None) -> Embeddings:
-        """Embeddings of N captions, float32."""
+        """See `Embedder.embed_texts`; `noise` only while training."""
         return self.finish_texts(self.text.encode(features, noise))
 
     def forward(
