@@ -188,6 +188,12 @@ def build_parser() -> _Parser:
     )
     compare.set_defaults(command=_compare)
 
+    join = add("join", "RUN RUN... [--name NAME]", "several trained runs as one model with one index")
+    join.add_argument("run", nargs="+", metavar="RUN", help=RUN_HELP)
+    join.add_argument("--name", default="", metavar="NAME", help="of the new run; made of data set and time without")
+    join.add_argument("--runs", default=RunConfig.runs, metavar="DIR", help="the folder of runs; default %(default)s")
+    join.set_defaults(command=_join)
+
     cache = add("cache", "ls|verify [CACHE]", "list the feature cache, or check it against its manifests")
     cache.add_argument(
         "action",
@@ -363,6 +369,14 @@ def _compare(args: argparse.Namespace) -> int:
     from pipeline import stages
 
     stages.compare(runs)
+    return 0
+
+
+def _join(args: argparse.Namespace) -> int:
+    runs = [find_run(run, args.runs) for run in args.run]
+    from pipeline import stages
+
+    stages.join(runs, args.name)
     return 0
 
 

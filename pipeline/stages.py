@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,15 +26,19 @@ from featurize.extract import PlannedColumn, plan
 from featurize.extract import featurize as extract
 from featurize.shards import publish
 from pipeline import pages, tracking
-from pipeline.config import CONFIG_FILE, RunConfig, dump_yaml, load_yaml, merge, run_name
+from pipeline.config import CONFIG_FILE, ConfigError, RunConfig, dump_yaml, load_yaml, merge, run_name
 from pipeline.measuring import Measured, Validation, comparison, fit_codes, fit_correction, keep_hits, measure
 from pipeline.sessions import ray_session
 from train.batches import Inputs, wanted_outputs
+from train.config import QuantizationConfig
 from train.fit import fit
 from train.hosts import DualEncoder, Embedder
 from train.loop import Work, feature_dims, start
-from train.models import open_model, save_model
+from train.models import open_ensemble, open_model, save_ensemble, save_model
 from train.targets import Targets
+
+ENSEMBLE = "ensemble"
+"""The method of a run that joins others."""
 
 
 def _index(config: RunConfig) -> Dataset:
@@ -85,38 +90,70 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
     """Fit heads in a run folder, measure them, index them and write the report; MLflow sees it all."""
     inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
-    with _tracked(config, folder, dataset, columns) as tracker:
+    with _tracked(config, folder, dataset, {column.name: column.id for column in columns}) as tracker:
         work = Work(config.train, inputs, config.data.train, validation, tracker.log)
         untrained = _measure_untrained(work, validation)
         print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
         fitted = fit(work, folder)
-        model, embedded = _finish_model(config, folder / "model", validation)
-        learned = sum(parameter.numel() for parameter in model.parameters())
-        took = {**dataclasses.asdict(fitted), "parameters": learned}
-        publish(folder / "training.json", json.dumps(took, indent=1).encode())
-        trained, others = measure(folder, "", validation, model, embedded)
-        keep_hits(folder, trained, embedded.owner)
-        if model.indexable:
-            build_index(model, validation.reader, folder / "index")
-        reports = {"trained": trained, "untrained": untrained, **{other.title: other.report for other in others}}
-        page = pages.write_run_page(folder, config, reports, model, validation.reader, embedded)
-        tracker.log(_final_numbers(trained, others, took), 0)
-        for file in (folder / CONFIG_FILE, folder / "metrics.json", page):
-            tracker.artifact(file)
-        tracker.artifact(folder / "model", "checkpoint")
-        told = [trained.as_table(), f"untrained: rSum {untrained.rsum:.1f}", *map(str, others)]
-        print(_summary(config, folder, dataset, told, page, tracker))
+        again = f"python -m pipeline run {config.method} --dataset {config.data.dataset}"
+        again += f" --root {config.data.root}" if config.data.root else ""
+        again += " --train.lr 5e-4     # a second experiment: nothing is extracted again"
+        _conclude(config, folder, validation, dataclasses.asdict(fitted), {"untrained": untrained}, again, tracker)
+
+
+def _conclude(
+    config: RunConfig,
+    folder: Path,
+    validation: Validation,
+    took: Mapping[str, float],
+    beside: Mapping[str, Report],
+    again: str,
+    tracker: tracking.Tracker,
+) -> None:
+    """Finish the model of a run folder, measure it, index it and write the report; print all of it and tell MLflow.
+
+    Args:
+        config: of the run.
+        folder: of the run; holds `model/`.
+        validation: on the split that is reported.
+        took: what training took.
+        beside: what was measured before, by name.
+        again: a command that the user may type next.
+        tracker: of the run.
+    """
+    model, embedded = _finish_model(config, folder / "model", validation)
+    took = {**took, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    publish(folder / "training.json", json.dumps(took, indent=1).encode())
+    trained, others = measure(folder, "", validation, model, embedded)
+    keep_hits(folder, trained, embedded.owner)
+    if model.indexable:
+        build_index(model, validation.reader, folder / "index")
+    reports = {"trained": trained, **beside, **{other.title: other.report for other in others}}
+    page = pages.write_run_page(folder, config, reports, model, validation.reader, embedded)
+    tracker.log(_final_numbers(trained, others, took), 0)
+    for file in (folder / CONFIG_FILE, folder / "metrics.json", page):
+        tracker.artifact(file)
+    tracker.artifact(folder / "model", "checkpoint")
+    told = [trained.as_table(), *(f"{name}: rSum {report.rsum:.1f}" for name, report in beside.items())]
+    print(_summary(folder, validation.reader.dataset, [*told, *map(str, others)], page, again, tracker))
 
 
 @contextmanager
 def _tracked(
-    config: RunConfig, folder: Path, dataset: Dataset, columns: list[PlannedColumn]
+    config: RunConfig, folder: Path, dataset: Dataset, columns: Mapping[str, str]
 ) -> Iterator[tracking.Tracker]:
-    """The MLflow run that the folder has, or a new one that knows its data; closed with how the block ended."""
+    """The MLflow run that the folder has, or a new one that knows its data; closed with how the block ended.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        dataset: the index.
+        columns: identities of the columns that are read, by name.
+    """
     if (folder / tracking.RUN_FILE).exists():
         tracker = tracking.resume(folder)
     else:
-        identities = {f"cache.{column.name}": column.id for column in columns}
+        identities = {f"cache.{name}": identity for name, identity in columns.items()}
         tracker = tracking.start(config, folder, {"cache.dataset": dataset.id, **identities})
         for split, context in ((config.data.train, "training"), (config.data.evaluate, "evaluation")):
             tracker.dataset(f"{dataset.name}-{split}", str(dataset.folder), dataset.id, context)
@@ -182,12 +219,7 @@ def _final_numbers(trained: Report, others: Sequence[Measured], took: Mapping[st
 
 
 def _summary(
-    config: RunConfig,
-    folder: Path,
-    dataset: Dataset,
-    told: Sequence[str],
-    page: Path,
-    tracker: tracking.Tracker,
+    folder: Path, dataset: Dataset, told: Sequence[str], page: Path, again: str, tracker: tracking.Tracker
 ) -> str:
     """What is printed at the end: what was measured, where everything is, and what to type next."""
     try:
@@ -207,9 +239,7 @@ def _summary(
             "",
             "what to type next",
             *([f'  python -m pipeline search {shown} "{min(dataset.captions, key=len)}"'] if indexed else []),
-            f"  python -m pipeline run {config.method} --dataset {config.data.dataset}"
-            + (f" --root {config.data.root}" if config.data.root else "")
-            + " --train.lr 5e-4     # a second experiment: nothing is extracted again",
+            f"  {again}",
             f"  mlflow ui --backend-store-uri {tracker.uri}" if "sqlite" in tracker.uri else f"  open {tracker.uri}",
         ]
     )
@@ -250,8 +280,46 @@ def _train_with_ray_if_needed(config: RunConfig, folder: Path, dataset: Dataset,
 def resume(folder: Path) -> Path:
     """Continue an interrupted run in its folder, from its last checkpoint and in its MLflow run."""
     config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    if config.method == ENSEMBLE:
+        raise ConfigError(f"{folder} joins other runs and has nothing to train; resume those, or join them again")
     dataset = _index(config)
     _train_with_ray_if_needed(config, folder, dataset, _plan(config, dataset))
+    return folder
+
+
+def join(folders: list[Path], name: str) -> Path:
+    """Make one run of several finished ones: their models' vectors side by side in one index, measured like any run.
+
+    Args:
+        folders: of two or more runs, trained on the same columns of one cache.
+        name: of the new run, whose folder stands beside the first; empty: made of data set and time.
+
+    Raises:
+        train.models.ModelError: a run is not finished or reads other columns than the first.
+        train.config.SettingsError: a model has no vector.
+        ConfigError: there is only one run.
+    """
+    if len(folders) < 2:
+        raise ConfigError(f"found one run to join, {folders[0].name}; name two or more")
+    members = [folder / "model" for folder in folders]
+    _, inputs = open_ensemble(members)
+    first = merge(RunConfig(), load_yaml(folders[0] / CONFIG_FILE), str(folders[0] / CONFIG_FILE))
+    objective = replace(first.train.objective, quantization=QuantizationConfig())
+    config = replace(
+        first,
+        method=ENSEMBLE,
+        name=name,
+        runs=str(folders[0].parent),
+        train=replace(first.train, objective=objective),
+    )
+    validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
+    folder = _new_run(config)
+    with _tracked(config, folder, validation.reader.dataset, {ref.name: ref.id for ref in inputs.columns()}) as tracker:
+        save_ensemble(folder / "model", members)
+        took = [json.loads((member / "training.json").read_text("utf-8")) for member in folders]
+        sums = {key: sum(one[key] for one in took) for key in ("seconds", "steps")}
+        again = f"python -m pipeline compare {' '.join(str(one) for one in [*folders, folder])}"
+        _conclude(config, folder, validation, sums, {}, again, tracker)
     return folder
 
 

@@ -168,6 +168,11 @@ class Inputs:
             next((ref[0] for ref in views("text", ["lemmas"])), None),
         )
 
+    def columns(self) -> list[ColumnRef]:
+        """All that a model reads of images and of captions."""
+        views = [ref for group in self.image_vectors + self.image_parts for ref in group]
+        return [*views, *self.text_vectors, *self.text_parts, *self.text_bags]
+
 
 def compares_captions(config: ObjectiveConfig) -> bool:
     """Whether a loss reads the frozen sentence vectors of captions."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featurize.shards import publish
-from train.batches import ColumnRef, Inputs
+from train.batches import Inputs
 from train.config import ModelConfig
 from train.hosts import Embedder, Ensemble, Host, build_host
 from train.towers import Dims
@@ -84,7 +84,7 @@ def open_ensemble(members: Sequence[Path]) -> tuple[Ensemble, Inputs]:
     opened = [_open_host(member) for member in members]
     for member, (_, inputs) in zip(members, opened, strict=True):
         if inputs != opened[0][1]:
-            first, own = ({c.name for c in _columns(one)} for one in (opened[0][1], inputs))
+            first, own = ({column.name for column in one.columns()} for one in (opened[0][1], inputs))
             differing = ", ".join(sorted(first ^ own)) or "the identities of some columns, or the data set's folder"
             raise ModelError(
                 f"{member} reads other columns than {members[0]}: they differ in {differing}; join models that were "
@@ -130,8 +130,3 @@ def _open_host(folder: Path) -> tuple[Host, Inputs]:
     model = build_host(config, image, text)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(requires_grad=False), TypeAdapter(Inputs).validate_python(description["inputs"])
-
-
-def _columns(inputs: Inputs) -> list[ColumnRef]:
-    views = [ref for group in inputs.image_vectors + inputs.image_parts for ref in group]
-    return [*views, *inputs.text_vectors, *inputs.text_parts, *inputs.text_bags]

@@ -42,6 +42,7 @@ class Stages(SimpleNamespace):
             "evaluate",
             "search",
             "compare",
+            "join",
             "cache_ls",
             "cache_verify",
         ):
@@ -96,7 +97,7 @@ def test_help_answers_within_a_second_and_reads_as_a_start():
     assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before < 1  # CPU seconds; 0.15 when written
     assert done.returncode == 0
     assert done.stderr == ""
-    for word in ("featurize", "train", "evaluate", "search", "compare", "cache", "submit", "scenes"):
+    for word in ("featurize", "train", "evaluate", "search", "compare", "join", "cache", "submit", "scenes"):
         assert word in done.stdout
     assert done.stdout.count("  python -m pipeline ") == 5
     assert max(map(len, done.stdout.splitlines())) <= 110
@@ -137,6 +138,7 @@ def test_run_s_help_lists_every_method_and_setting(capsys):
         ("evaluate", ["RUN", "--split", "--protocol", "--runs DIR"]),
         ("search", ["QUERY", "--k", "--page", "HTML", "--corrected"]),
         ("compare", ["RUN", "--runs DIR", "compared with"]),
+        ("join", ["RUN", "--name NAME", "one model with one index"]),
         ("cache", ["ls", "verify", "default cache"]),
         ("submit", ["--address", "--python", "--no-wait", "http://127.0.0.1:8265", "RAY_AUTH_MODE", "Ctrl-C"]),
     ],
@@ -303,6 +305,7 @@ def test_resume_evaluate_and_search_find_their_run(stages, run_folder):
     assert main(["search", "one", "two dogs", "cat.jpg", "--k", "3", "--page", "found.html", *runs]) == 0
     assert main(["search", "latest", "a", "--corrected", *runs]) == 0
     assert main(["compare", "one", str(run_folder), *runs]) == 0
+    assert main(["join", "one", str(run_folder), "--name", "both", *runs]) == 0
     assert fake.calls == [
         ("resume", run_folder),
         ("evaluate", run_folder, "test", "coco"),
@@ -310,6 +313,7 @@ def test_resume_evaluate_and_search_find_their_run(stages, run_folder):
         ("search", run_folder, ["two dogs", "cat.jpg"], 3, Path("found.html"), {"corrected": False}),
         ("search", run_folder, ["a"], 5, None, {"corrected": True}),
         ("compare", [run_folder, run_folder]),
+        ("join", [run_folder, run_folder], "both"),
     ]
 
 

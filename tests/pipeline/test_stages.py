@@ -167,11 +167,17 @@ def test_without_training_queries_there_is_no_correction(place, done, capsys):
     assert "no hubness correction" in capsys.readouterr().err
 
 
-def test_runs_are_compared(place, done, capsys):
+@pytest.fixture(scope="module")
+def reseeded(place, done):
+    """A run that differs from the first in its seed."""
     arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "reseeded", "--train.seed", "1")
     assert type_in("run", "less", *arguments, *SMALL) == 0
+    return place / "runs" / "reseeded"
+
+
+def test_runs_are_compared(place, done, reseeded, capsys):
     capsys.readouterr()
-    assert type_in("compare", done, place / "runs" / "reseeded", done) == 0
+    assert type_in("compare", done, reseeded, done) == 0
     *_, first, second, same = capsys.readouterr().out.splitlines()
     metrics = json.loads((done / "metrics.json").read_text())
     numbers = [metrics[d][k] for d in ("i2t", "t2i") for k in ("r1", "r5", "r10")]
@@ -180,6 +186,40 @@ def test_runs_are_compared(place, done, capsys):
     assert ", p " in second
     assert "+0.0 (+0.0 to +0.0, p 1.000)" in same
     assert type_in("compare", done, place / "cache") == 2
+
+
+def test_runs_are_joined_to_one_model(place, done, reseeded, capsys):
+    assert type_in("join", done, reseeded, "--name", "both") == 0
+    both = place / "runs" / "both"
+    assert f"python -m pipeline compare {done} {reseeded} {both}" in capsys.readouterr().out
+    members = [Searcher.open(run) for run in (done, reseeded)]
+    vectors = [member.embed_texts(["a red star"]) for member in members]
+    joined = Searcher.open(both)
+    torch.testing.assert_close(joined.embed_texts(["a red star"]), torch.cat(vectors, 1) / 2**0.5)
+    assert joined.search("a red star", k=3)[0].rank == 1
+    metrics = json.loads((both / "metrics.json").read_text())
+    assert type_in("evaluate", both) == 0
+    assert json.loads((both / "metrics-val.json").read_text()) == metrics
+    assert (both / "metrics-corrected.json").exists()
+    took = [json.loads((run / "training.json").read_text()) for run in (done, reseeded, both)]
+    for name in ("seconds", "steps", "parameters"):
+        assert took[2][name] == pytest.approx(took[0][name] + took[1][name])
+    experiment = client(place).get_experiment_by_name("isthmus")
+    (run,) = [
+        run
+        for run in client(place).search_runs([experiment.experiment_id])
+        if run.data.tags["mlflow.runName"] == "both"
+    ]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["rsum"] == pytest.approx(metrics["rsum"])
+    assert type_in("train", "--resume", both) == 2
+    assert "joins other runs and has nothing to train" in capsys.readouterr().err
+    assert type_in("join", both, done, "--name", "three") == 2
+    assert "is an ensemble, and ensembles are not joined" in capsys.readouterr().err
+    assert type_in("join", done) == 2
+    assert "found one run to join, first; name two or more" in capsys.readouterr().err
+    assert type_in("join", done, place, "--name", "more") == 2
+    assert not (place / "runs" / "three").exists()
 
 
 def test_an_unfinished_run_cannot_be_compared(done, tmp_path, capsys):
