@@ -67,7 +67,7 @@ class FeaturizeConfig:
     )
     texts: tuple[str, ...] = field(
         default=("minilm",),
-        metadata={"help": "text encoders: minilm, lexicon[:LANGUAGE] (words), transformers:FOLDER-OR-HUB-NAME"},
+        metadata={"help": "text encoders: minilm, mpnet, lexicon[:LANGUAGE] (words), transformers:FOLDER-OR-HUB-NAME"},
     )
     views: tuple[View, ...] = field(
         default=("plain",),

@@ -23,6 +23,7 @@ from featurize.encoder import (
     hash_weights,
     usable_precision,
 )
+from featurize.texts.packaged import mpnet_folder
 
 Pooling: TypeAlias = Literal["mean", "first", "last", "own"]
 
@@ -35,16 +36,19 @@ _TOKENIZER_FILES = (*_VOCABULARIES, "tokenizer_config.json", "merges.txt", "spec
 
 
 def open_tokens(reference: str, precision: Precision, device: str) -> "TokenEncoder":
-    """Opens "minilm" or "transformers:FOLDER-OR-HUB-NAME".
+    """Opens "minilm", "mpnet" or "transformers:FOLDER-OR-HUB-NAME".
 
     Of a checkpoint of two towers the text tower is opened, of encoder and decoder the encoder.
 
     Raises:
         EncoderError: neither a complete folder nor a hub model that is cached or can be reached.
         EncoderError: not a text model, no tokenizer, or a pooling that is not known.
+        EncoderError: mpnet's packages are missing or damaged.
     """
     if reference == "minilm":
         return TokenEncoder("minilm", Path(get_model_path()), precision, device)
+    if reference == "mpnet":
+        return TokenEncoder("mpnet", mpnet_folder(), precision, device)
     folder = find_checkpoint(reference, "tokenizer.json")
     return TokenEncoder("", folder, precision, device)
 

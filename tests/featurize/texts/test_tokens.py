@@ -286,7 +286,8 @@ def test_nothing_is_printed(bert, capfd):
 
 
 @pytest.mark.parametrize(
-    ("reference", "nearest"), [("minilm2", "minilm"), ("transformer:x", "transformers:"), ("lemmas", "lexicon")]
+    ("reference", "nearest"),
+    [("minilm2", "minilm"), ("mp-net", "mpnet"), ("transformer:x", "transformers:"), ("lexicn", "lexicon")],
 )
 def test_an_unknown_reference(reference, nearest):
     with pytest.raises(ValueError, match=rf"unknown text encoder '{reference}', the nearest is '{nearest}'; expected"):
