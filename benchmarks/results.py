@@ -48,6 +48,8 @@ class Row:
     name: str
     method: str
     changes: dict[str, str] = field(default_factory=dict)
+    joined: bool = False
+    """Whether the row is the runs of all seeds, joined to one model."""
 
     def flags(self) -> list[str]:
         """As they are typed."""
@@ -84,7 +86,13 @@ _FIXED = {**_PLAIN, "objective.hinge.margin.form": "fixed"}
 _NO_CODES = {"objective.hinge.margin.form": "fixed", "objective.quantization.weight": "0"}
 _GLOBAL = {"objective.local.weight": "0", "model.local.dim": "0"}
 SECTIONS: dict[str, list[Row]] = {
-    "Baselines": [Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix", "isthmus")],
+    "Baselines": [Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix")],
+    "The best vector": [
+        Row("`isthmus`", "isthmus"),
+        Row("one head instead of two", "isthmus", {"model.blocks": "1"}),
+        Row("without the adaptive margin", "isthmus", {"objective.infonce.margin.form": "fixed"}),
+        Row("the runs of all seeds joined", "isthmus", joined=True),
+    ],
     "LESS": _alone(
         "less",
         "hinge, fixed margin",
@@ -115,6 +123,18 @@ def run_folder(row: Row, seed: int, runs: Path) -> Path:
     """Where a row's run with this seed is; its name tells all of its settings."""
     changes = (f"{key.removeprefix('objective.')}={value}" for key, value in row.changes.items())
     return runs / "_".join([row.method, *changes, f"seed{seed}"])
+
+
+def folders_of(row: Row, seeds: int, runs: Path) -> list[Path]:
+    """The runs that a row is the mean of."""
+    if row.joined:
+        return [runs / f"{row.method}_joined_{seeds}"]
+    return [run_folder(row, seed, runs) for seed in range(seeds)]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run came to its end."""
+    return (folder / "report.html").exists()
 
 
 def train(row: Row, seed: int, folder: Path, given: argparse.Namespace) -> None:
@@ -178,8 +198,8 @@ def tables(given: argparse.Namespace) -> Iterator[str]:
     for title, rows in SECTIONS.items():
         done: list[tuple[Row, list[Path]]] = []
         for row in rows:
-            folders = [run_folder(row, seed, given.runs.absolute()) for seed in range(given.seeds)]
-            if all((folder / "report.html").exists() for folder in folders):
+            folders = folders_of(row, given.seeds, given.runs.absolute())
+            if all(map(finished, folders)):
                 done.append((row, folders))
         if done and done[0][0] is rows[0]:
             yield from ["", f"### {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
@@ -204,11 +224,18 @@ def main() -> None:
         for seed in range(given.seeds)
         for rows in wanted
         for row in rows
-        if not ((folder := run_folder(row, seed, runs)) / "report.html").exists()
+        if not row.joined and not finished(folder := run_folder(row, seed, runs))
     ]
     with ThreadPoolExecutor(given.jobs) as pool:
         for done in [pool.submit(train, *one, given) for one in missing]:
             done.result()
+    for row in (row for rows in wanted for row in rows if row.joined):
+        (folder,) = folders_of(row, given.seeds, runs)
+        members = [str(run_folder(row, seed, runs)) for seed in range(given.seeds)]
+        if not finished(folder):
+            subprocess.run(
+                [sys.executable, "-m", "pipeline", "join", *members, "--name", folder.name], cwd=ROOT, check=True
+            )
     before, _, rest = RESULTS.read_text("utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     RESULTS.write_text("\n".join([before + BEGIN, *tables(given), "", END + after]), "utf-8")

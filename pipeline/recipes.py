@@ -91,9 +91,7 @@ _ISTHMUS = replace(
         image=replace(_IMAGE, width=2048, dropout=0.5),
         text=replace(_TEXT, width=2048, dropout=0.5),
     ),
-    objective=replace(
-        _INFONCE, infonce=replace(_INFONCE.infonce, margin=MarginConfig(form="A", weight=0.2))
-    ),
+    objective=replace(_INFONCE, infonce=replace(_INFONCE.infonce, margin=MarginConfig(form="A", weight=0.2))),
     epochs=20,
     batch=1024,
     captions_per_image=2,
