@@ -43,12 +43,13 @@ _FEATURES = FeaturizeConfig(
     texts=("minilm", "lexicon"),
     views=("plain", "flip"),
 )
-_IMAGE = TowerConfig(signed_sqrt=True, width=1024, input_dropout=0.6, dropout=0.2)
-_TEXT = TowerConfig(vectors=("sentence",), bags=("lemmas",), width=1024, input_dropout=0.2, dropout=0.2)
+_IMAGE = TowerConfig(signed_sqrt=True, width=1024, input_dropout=0.6, dropout=0.5)
+_TEXT = TowerConfig(vectors=("sentence",), bags=("lemmas",), width=1024, input_dropout=0.2, dropout=0.5)
 _POOLED = TrainConfig(
     model=ModelConfig(dim=512, image=_IMAGE, text=_TEXT),
-    epochs=8,
-    batch=512,
+    epochs=12,
+    batch=1024,
+    captions_per_image=2,
     lr=1e-3,
     weight_decay=0.05,
     ema=0.998,
@@ -81,20 +82,18 @@ _COMPARED = replace(
     text=replace(_TOKENS, vectors=(), bags=()),
 )
 
-# A second text encoder, a random crop as a third view, two heads, stronger dropout and twice the training.
+# A second text encoder, a random crop as a third view, two heads and longer training.
 _RICH_FEATURES = replace(_FEATURES, texts=("minilm", "mpnet", "lexicon"), views=("plain", "flip", "crop"))
 _ISTHMUS = replace(
     _POOLED,
     model=ModelConfig(
         dim=1024,
         blocks=2,
-        image=replace(_IMAGE, width=2048, dropout=0.5),
-        text=replace(_TEXT, width=2048, dropout=0.5),
+        image=replace(_IMAGE, width=2048),
+        text=replace(_TEXT, width=2048),
     ),
     objective=replace(_INFONCE, infonce=replace(_INFONCE.infonce, margin=MarginConfig(form="A", weight=0.2))),
     epochs=20,
-    batch=1024,
-    captions_per_image=2,
 )
 
 _LESS_SOURCE = (
@@ -150,7 +149,14 @@ RECIPES: dict[str, Recipe] = {
             "sede-scan",
             "The same three modules on stacked cross attention (SCAN, Lee et al., ECCV 2018), which compares words "
             f"with parts and so has no index. {_SEDE_SOURCE}.",
-            replace(_PARTS, model=_COMPARED, batch=128, objective=replace(_SEDE, bank=replace(_SEDE.bank, size=256))),
+            replace(
+                _PARTS,
+                model=_COMPARED,
+                batch=128,
+                captions_per_image=1,
+                epochs=8,
+                objective=replace(_SEDE, bank=replace(_SEDE.bank, size=256)),
+            ),
         ),
         _recipe_of(
             "sede-vsrn",
@@ -185,13 +191,17 @@ RECIPES: dict[str, Recipe] = {
                 _POOLED,
                 model=replace(_POOLED.model, text=replace(_TEXT, bags=())),
                 mixup=1.0,
+                batch=512,
+                captions_per_image=1,
+                epochs=8,
                 objective=_INFONCE,
             ),
         ),
         Recipe(
             "The best single vector that this project knows how to train (docs/experiments.md tells how it was found): "
-            "InfoNCE with the adaptive margin of LESS added to its negatives, two heads side by side in one vector, "
-            "each ranked by itself, random crops as a third view, captions by MPNet beside MiniLM and their lemmas.",
+            "InfoNCE (2021) with the adaptive margin of LESS (2022) added to its negatives, two heads side by side in "
+            "one vector, each ranked by itself, random crops as a third view, captions by MPNet beside MiniLM and "
+            "their lemmas.",
             RunConfig(method="isthmus", featurize=_RICH_FEATURES, train=_ISTHMUS),
         ),
     )

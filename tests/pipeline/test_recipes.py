@@ -18,6 +18,14 @@ def test_the_methods_are_what_their_papers_name():
     assert infonce.train.objective.center.weight == infonce.train.objective.quantization.weight == 0
 
 
+def test_isthmus_is_more_than_infonce():
+    best, plain = RECIPES["isthmus"].config, RECIPES["infonce"].config
+    assert best.train.objective.margin.form == "A"
+    assert best.train.model.blocks > plain.train.model.blocks == 1
+    assert {"mpnet", "minilm"} <= set(best.featurize.texts)
+    assert "crop" in best.featurize.views
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_its_name_and_a_source(name):
     assert RECIPES[name].config.method == name
