@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from pipeline.config import RunConfig, keys
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ _LAST_ATTEMPT_SECONDS = 5.0  # in close(), for a server that is away
 _LAST_DELIVERY_SECONDS = 60.0  # in close(), for one that is there
 _MOST_METRICS, _MOST_PARAMS = 1000, 100  # in one request, by MLflow's rules
 _LONGEST_VALUE = 500  # characters of a parameter or tag that every MLflow version takes
+
+_SQLITE = "sqlite:///"
 
 _log = logging.getLogger(__name__)
 
@@ -338,12 +342,12 @@ def code_version() -> str:
 
 def absolute_uri(uri: str) -> str:
     """A tracking URI that means the same in every working directory."""
-    path = uri.removeprefix("sqlite:///")
-    return uri if path == uri else f"sqlite:///{Path(path).absolute()}"
+    path = uri.removeprefix(_SQLITE)
+    return uri if path == uri else f"{_SQLITE}{Path(path).absolute()}"
 
 
 def _uri_beside(folder: Path) -> str:
-    return f"sqlite:///{(folder.parent / 'mlflow.db').absolute()}"
+    return f"{_SQLITE}{(folder.parent / 'mlflow.db').absolute()}"
 
 
 def _open(folder: Path) -> Tracker:
@@ -374,7 +378,13 @@ def _client(uri: str) -> "MlflowClient":
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a word for every retry
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if not uri.startswith(_SQLITE):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    database = Path(uri.removeprefix(_SQLITE))
+    with FileLock(database.with_name(f".{database.name}.lock")):  # two runs that start at once would both make tables
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -6,8 +6,10 @@ import math
 import pickle
 import re
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipeline.tracking import TrackingError, resume, start, sync
 # MLflow 3.17's own use of SQLAlchemy 2.1
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
+ROOT = Path(__file__).parents[2]
 CONFIG = merge(
     RunConfig(method="less"),
     {"data.dataset": "flickr8k", "train.lr": 0.5, "featurize.views": "plain,flip", "data.root": "/" + "x" * 600},
@@ -259,6 +262,32 @@ def test_two_runs_share_an_experiment_named_by_the_environment(runs, client, mon
     ids = {client.get_run(tracker.run_id).info.experiment_id for tracker in trackers}
     assert len(ids) == 1
     assert client.get_experiment(ids.pop()).name == trackers[0].experiment == "ablation"
+
+
+@pytest.mark.slow
+def test_runs_that_start_at_once_in_a_new_place(tmp_path):
+    """MLflow makes its tables at the first use, and not for several processes at a time."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline.config import RunConfig;"
+        "from pipeline.tracking import start;"
+        "folder = Path(sys.argv[1]); folder.mkdir(); start(RunConfig(), folder, {}).close('FINISHED')"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / f"run{number}")],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for process in processes:
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+    client = tracking._client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("isthmus")
+    assert len(client.search_runs([experiment.experiment_id])) == 3
 
 
 def test_an_experiment_that_another_run_makes_at_this_moment():
