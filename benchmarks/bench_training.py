@@ -29,11 +29,12 @@ from featurize.datasets.sample import Sample
 from featurize.encoder import Output
 from featurize.extract import PlannedColumn
 from featurize.shards import row_key, write_shard
-from train.batches import Batch, FeatureReader, Inputs, Schedule, prefetch
+from train.batches import Batch, FeatureReader, Inputs
 from train.config import TowerConfig, TrainConfig
 from train.embeddings import Pairs
 from train.loop import Work, start
 from train.noise import Noise
+from train.schedule import Schedule, prefetch
 from train.targets import Targets
 
 ROWS, SHARD, BATCH, BLOCK = 8000, 250, 256, 5

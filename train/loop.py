@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from featurize.shards import Array
-from train.batches import Batch, Draw, FeatureReader, Inputs, Schedule, prefetch
+from train.batches import Batch, FeatureReader, Inputs
 from train.checkpoints import Checkpoints
 from train.config import SettingsError, TrainConfig
 from train.distributed import average_gradients, gather_embeddings, gather_erased, gather_rows, world
@@ -31,6 +31,7 @@ from train.losses.objective import Objective
 from train.memory import EmbeddingShape
 from train.mixup import Mixup, check_mixup, mix
 from train.noise import Noise
+from train.schedule import Draw, Schedule, prefetch
 from train.state import TrainState
 from train.targets import Targets
 from train.towers import Dims

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from featurize.shards import publish
@@ -42,7 +42,7 @@ def save_model(
         inputs: the columns it reads, hence the encoders a query must pass through.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
+    publish(folder / _WEIGHTS, save({name: tensor.contiguous() for name, tensor in weights.items()}))
     description = {
         "model": asdict(config),
         "image_dims": asdict(dims[0]),

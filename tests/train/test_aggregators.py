@@ -22,16 +22,6 @@ def build(name, seed=0):
     return aggregator
 
 
-@pytest.fixture
-def parts():
-    return torch.randn(4, 5, DIM, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def mask():
-    return torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
-
-
 def real_rows(parts, mask):
     return [parts[b][mask[b]].double().numpy() for b in range(len(parts))]
 

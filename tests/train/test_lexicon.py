@@ -8,10 +8,10 @@ import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from train.batches import worker_slices
 from train.config import SettingsError
 from train.lexicon import BagOfLemmas, Lemmas, Vocabulary, image_labels, jaccard
 from train.noise import Noise
+from train.schedule import worker_slices
 
 CAPTIONS = [[7, 7, 900, 3], [3, 7], [], [2**31 - 1, 3, 3, 3], [5, 900, 900, 0], [7], [12, 7, 5]]
 

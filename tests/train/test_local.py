@@ -18,16 +18,6 @@ def queries():
     return ConceptQueries(DIM, QUERIES, LOCAL)
 
 
-@pytest.fixture
-def parts():
-    return torch.randn(4, 5, DIM, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture
-def mask():
-    return torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0, 1, 1, 0, 0]], dtype=torch.bool)
-
-
 def slow_queries(module, rows):
     """One image: each query's softmax over the real parts, the results side by side, the projection."""
     joined = []
