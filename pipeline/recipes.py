@@ -37,7 +37,7 @@ class Recipe:
     config: RunConfig
 
 
-# Settings were tuned on the val part of Flickr8K (docs/results.md).
+# Tuned on the val part of Flickr8K, as docs/experiments.md tells; what reads parts takes the pooled settings over.
 _FEATURES = FeaturizeConfig(
     images=("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"),
     texts=("minilm", "lexicon"),

@@ -230,7 +230,7 @@ def test_an_unfinished_run_cannot_be_compared(done, tmp_path, capsys):
 
 def test_what_training_took_is_kept(done):
     took = json.loads((done / "training.json").read_text())
-    assert took["steps"] == 2 * 7  # 200 captions in batches of at most 32
+    assert took["steps"] == 2 * 8  # of 40 images, two captions at once: 120 groups in batches of at most 16
     assert took["epoch"] in (1, 2)
     assert took["seconds"] > 0
     weights = load_file(done / "model" / "weights.safetensors")
