@@ -24,6 +24,7 @@ from train.config import (
     ModelConfig,
     ObjectiveConfig,
     QuantizationConfig,
+    SigLIPConfig,
     TowerConfig,
     TrainConfig,
 )
@@ -181,7 +182,7 @@ RECIPES: dict[str, Recipe] = {
             "siglip",
             "A sigmoid for every pair of the batch. Zhai et al., Sigmoid Loss for Language Image Pre-Training, ICCV "
             "2023, arXiv 2303.15343.",
-            replace(_POOLED, objective=ObjectiveConfig(ranking="siglip")),
+            replace(_POOLED, objective=ObjectiveConfig(ranking="siglip", siglip=SigLIPConfig(temperature=0.05))),
         ),
         _recipe_of(
             "fusemix",

@@ -189,32 +189,32 @@ def test_runs_are_compared(place, done, reseeded, capsys):
 
 
 def test_runs_are_joined_to_one_model(place, done, reseeded, capsys):
-    assert type_in("join", done, reseeded, "--name", "both") == 0
-    both = place / "runs" / "both"
-    assert f"python -m pipeline compare {done} {reseeded} {both}" in capsys.readouterr().out
+    assert type_in("join", done, reseeded, "--name", "joined") == 0
+    joined_run = place / "runs" / "joined"
+    assert f"python -m pipeline compare {done} {reseeded} {joined_run}" in capsys.readouterr().out
     members = [Searcher.open(run) for run in (done, reseeded)]
     vectors = [member.embed_texts(["a red star"]) for member in members]
-    joined = Searcher.open(both)
-    torch.testing.assert_close(joined.embed_texts(["a red star"]), torch.cat(vectors, 1) / 2**0.5)
-    assert joined.search("a red star", k=3)[0].rank == 1
-    metrics = json.loads((both / "metrics.json").read_text())
-    assert type_in("evaluate", both) == 0
-    assert json.loads((both / "metrics-val.json").read_text()) == metrics
-    assert (both / "metrics-corrected.json").exists()
-    took = [json.loads((run / "training.json").read_text()) for run in (done, reseeded, both)]
+    searcher = Searcher.open(joined_run)
+    torch.testing.assert_close(searcher.embed_texts(["a red star"]), torch.cat(vectors, 1) / 2**0.5)
+    assert searcher.search("a red star", k=3)[0].rank == 1
+    metrics = json.loads((joined_run / "metrics.json").read_text())
+    assert type_in("evaluate", joined_run) == 0
+    assert json.loads((joined_run / "metrics-val.json").read_text()) == metrics
+    assert (joined_run / "metrics-corrected.json").exists()
+    took = [json.loads((run / "training.json").read_text()) for run in (done, reseeded, joined_run)]
     for name in ("seconds", "steps", "parameters"):
         assert took[2][name] == pytest.approx(took[0][name] + took[1][name])
     experiment = client(place).get_experiment_by_name("isthmus")
     (run,) = [
         run
         for run in client(place).search_runs([experiment.experiment_id])
-        if run.data.tags["mlflow.runName"] == "both"
+        if run.data.tags["mlflow.runName"] == "joined"
     ]
     assert run.info.status == "FINISHED"
     assert run.data.metrics["rsum"] == pytest.approx(metrics["rsum"])
-    assert type_in("train", "--resume", both) == 2
+    assert type_in("train", "--resume", joined_run) == 2
     assert "joins other runs and has nothing to train" in capsys.readouterr().err
-    assert type_in("join", both, done, "--name", "three") == 2
+    assert type_in("join", joined_run, done, "--name", "three") == 2
     assert "is an ensemble, and ensembles are not joined" in capsys.readouterr().err
     assert type_in("join", done) == 2
     assert "found one run to join, first; name two or more" in capsys.readouterr().err
