@@ -4,8 +4,9 @@
                                  [--jobs 1]
 
 Features must be in the cache (`python -m pipeline featurize METHOD`). A finished run is never trained again and an
-interrupted one goes on, so the command may be stopped and typed again; rows without all their runs are left out.
-Everything is measured on the val part. Seconds are those of one of `--jobs` processes that share the machine's cores.
+interrupted one goes on, so the command may be stopped and typed again; rows without all their runs are left out. A
+section whose first row has no runs in `--runs` keeps the table that stands there. Everything is measured on the val
+part. Seconds are those of one of `--jobs` processes that share the machine's cores.
 """
 
 import argparse
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from evaluate.intervals import Clusters, bootstrap, paired_bootstrap
+from featurize.extract import WORKER_ENV
 from pipeline.measuring import read_hits
 
 RESULTS = ROOT / "docs" / "results.md"
@@ -35,6 +37,7 @@ COLUMNS = (
     "rSum (95 %)",
     "difference (95 %, p)",
     "corrected",
+    "in codes",
     "seconds",
     "parameters",
     "bytes",
@@ -148,7 +151,7 @@ def train(row: Row, seed: int, folder: Path, given: argparse.Namespace) -> None:
         command += [row.method, *places, "--train.workers", "0", "--train.seed", str(seed), *row.flags()]
     print(" ".join(command), flush=True)
     cores = max(1, len(os.sched_getaffinity(0)) // given.jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores)}
+    environment = {**os.environ, **WORKER_ENV, "OMP_NUM_THREADS": str(cores)}  # as a worker of Ray Train has it
     if given.jobs > 1:  # several progress bars on one line tell nothing
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "output.txt").open("a") as output:
@@ -169,6 +172,12 @@ def bytes_of(folder: Path) -> str:
     return str(4 * int(json.loads(index.read_text())["dimensions"])) if index.exists() else ""
 
 
+def mean_rsum(folders: list[Path], name: str) -> str:
+    """Mean rSum of a further measurement of the runs; nothing if they have none."""
+    found = [json.loads(path.read_text())["rsum"] for folder in folders if (path := folder / name).exists()]
+    return f"{sum(found) / len(found):.1f}" if found else ""
+
+
 def line(row: Row, folders: list[Path], first: list[Path]) -> str:
     """A row of a table."""
     clusters = mean_hits(folders)
@@ -183,9 +192,7 @@ def line(row: Row, folders: list[Path], first: list[Path]) -> str:
         shown.append(
             f"{change.value:+.1f} ({change.interval.low:+.1f} to {change.interval.high:+.1f}, p {change.p:.3f})"
         )
-    corrected = [folder / "metrics-corrected.json" for folder in folders]
-    found = [json.loads(path.read_text())["rsum"] for path in corrected if path.exists()]
-    shown.append(f"{sum(found) / len(found):.1f}" if found else "")
+    shown += [mean_rsum(folders, f"metrics-{name}.json") for name in ("corrected", "codes")]
     took = [json.loads((folder / "training.json").read_text()) for folder in folders]
     shown.append(f"{sum(one['seconds'] for one in took) / len(took):.0f}")
     shown.append(f"{took[0]['parameters'] / 1e6:.1f} M")
@@ -193,8 +200,9 @@ def line(row: Row, folders: list[Path], first: list[Path]) -> str:
     return f"| {row.name} | " + " | ".join(shown) + " |"
 
 
-def tables(given: argparse.Namespace) -> Iterator[str]:
-    """The tables of all sections with finished runs."""
+def tables(given: argparse.Namespace, standing: str) -> Iterator[str]:
+    """The tables of all sections with finished runs, and of the others what stands in the file."""
+    earlier = {text.partition("\n")[0]: text.rstrip() for text in standing.split("### ")[1:]}
     for title, rows in SECTIONS.items():
         done: list[tuple[Row, list[Path]]] = []
         for row in rows:
@@ -204,6 +212,8 @@ def tables(given: argparse.Namespace) -> Iterator[str]:
         if done and done[0][0] is rows[0]:
             yield from ["", f"### {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
             yield from (line(row, folders, done[0][1]) for row, folders in done)
+        elif title in earlier:
+            yield from ["", f"### {earlier[title]}"]
 
 
 def main() -> None:
@@ -237,8 +247,8 @@ def main() -> None:
                 [sys.executable, "-m", "pipeline", "join", *members, "--name", folder.name], cwd=ROOT, check=True
             )
     before, _, rest = RESULTS.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    RESULTS.write_text("\n".join([before + BEGIN, *tables(given), "", END + after]), "utf-8")
+    standing, _, after = rest.partition(END)
+    RESULTS.write_text("\n".join([before + BEGIN, *tables(given, standing), "", END + after]), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Aggregators: how the parts of an image or caption (grid cells, regions, tokens) become one vector.
 
 One interface: `aggregator(parts, mask) -> (B, out_dim)` with parts (B, K, D), K at least 1, and mask (B, K)
-bool, True where a part is real. What stands in masked parts is never read, adding a masked part changes
-nothing, and a row without real parts gives zeros.
+bool, True where a part is real. Masked parts are finite (towers leave zeros there) and change nothing, however
+many they are; a row without real parts gives zeros.
 """
 
 import math
@@ -46,8 +46,8 @@ class Mean(Aggregator):
 
     def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
         """Pool the real parts; see `Aggregator.forward`."""
-        real = mask[..., None]
-        return parts.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp_min(1)
+        weights = mask / mask.sum(1, keepdim=True).clamp_min(1)  # (B, K)
+        return (weights.to(parts.dtype)[:, None] @ parts).squeeze(1)  # no copy of the parts, as masking them would be
 
 
 class Max(Aggregator):
@@ -90,21 +90,17 @@ class Attention(Aggregator):
         Returns:
             (B, heads, K) float32: sums to 1 over real parts, 0 at masked ones and in rows without real parts.
         """
-        return self._weights(parts.masked_fill(~mask[..., None], 0.0), mask)
+        scores = (parts @ self.queries.T).float().mT / math.sqrt(self.out_dim)  # (B, H, K)
+        real = mask[:, None, :]
+        return scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(-1) * real
 
     def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
         """Pool the real parts; see `Aggregator.forward`."""
-        clean = parts.masked_fill(~mask[..., None], 0.0)
-        weights = self._weights(clean, mask).to(parts.dtype)
+        weights = self.weights(parts, mask).to(parts.dtype)
         # Every head pools all of D and keeps its own slice: more products, but no copy of the parts by head.
         heads = len(self.queries)
-        pooled = (weights @ clean).reshape(len(parts), heads, heads, -1)  # (B, H, H, D/H)
+        pooled = (weights @ parts).reshape(len(parts), heads, heads, -1)  # (B, H, H, D/H)
         return pooled.diagonal(dim1=1, dim2=2).mT.flatten(1)  # (B, D/H, H) to (B, D)
-
-    def _weights(self, clean: Tensor, mask: Tensor) -> Tensor:
-        scores = (clean @ self.queries.T).float().mT / math.sqrt(self.out_dim)  # (B, H, K)
-        real = mask[:, None, :]
-        return scores.masked_fill(~real, torch.finfo(scores.dtype).min).softmax(-1) * real
 
 
 class GPO(Aggregator):

@@ -129,8 +129,8 @@ def real_first(mask: Tensor) -> Tensor:
 
 
 def take(parts: Tensor, order: Tensor) -> Tensor:
-    """Parts (B, K, D) in the order (B, K)."""
-    return parts.gather(1, order[..., None].expand_as(parts))
+    """Parts (B, K, D) in the order (B, K'): (B, K', D)."""
+    return parts.gather(1, order[..., None].expand(-1, -1, parts.shape[2]))
 
 
 def run_gru(gru: nn.GRU, parts: Tensor, counts: Tensor) -> Tensor:
@@ -144,11 +144,10 @@ def run_gru(gru: nn.GRU, parts: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (B, K, directions · D) float32.
     """
-    with torch.autocast(parts.device.type, enabled=False):
-        packed = nn.utils.rnn.pack_padded_sequence(
-            parts.float(), counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False
-        )
-        states, _ = nn.utils.rnn.pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=parts.shape[1])
+    packed = nn.utils.rnn.pack_padded_sequence(
+        parts.float(), counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False
+    )
+    states, _ = nn.utils.rnn.pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=parts.shape[1])
     return states * (counts > 0)[:, None, None]
 
 

@@ -17,8 +17,8 @@ from train.config import SettingsError
 class ConceptQueries(Aggregator):
     """P learned queries attend over parts; their P results, joined and projected, are the local embedding.
 
-    Query p gives Σ_k softmax_k(q_p·x_k / √D) x_k. Like every aggregator it never reads what stands in masked parts, and
-    a row without real parts gives zeros.
+    Query p gives Σ_k softmax_k(q_p·x_k / √D) x_k. As in every aggregator masked parts change nothing, and a row without
+    real parts gives zeros.
 
     Args:
         dim: D, width of the parts.
@@ -48,13 +48,13 @@ class ConceptQueries(Aggregator):
         Returns:
             (B, L), of any length.
         """
-        clean = parts.masked_fill(~mask[..., None], 0.0)
-        # A row without real parts attends to its zeros: a softmax over nothing is not a number.
-        attended = mask | ~mask.any(1, keepdim=True)  # (B, K)
+        some = mask.any(1, keepdim=True)  # (B, 1)
+        # A softmax over nothing is not a number: a row without real parts attends to all, and its result is dropped.
+        attended = (mask | ~some)[:, None, None, :]  # (B, 1, 1, K)
         queries = self.queries.expand(len(parts), 1, -1, -1)  # (B, 1, P, D), a view
-        clean = clean[:, None]  # (B, 1, K, D)
-        pooled = F.scaled_dot_product_attention(queries, clean, clean, attended[:, None, None, :])  # (B, 1, P, D)
-        local: Tensor = self.project(pooled.flatten(1))
+        parts = parts[:, None]  # (B, 1, K, D)
+        pooled = F.scaled_dot_product_attention(queries, parts, parts, attended)  # (B, 1, P, D)
+        local: Tensor = self.project(pooled.flatten(1) * some)
         return local
 
 

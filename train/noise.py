@@ -31,12 +31,13 @@ class Noise:
         other.total, other.rows = total, rows
         return other
 
-    def dropout(self, x: Tensor, p: float) -> Tensor:
+    def dropout(self, x: Tensor, p: float, owner: Tensor | None = None) -> Tensor:
         """Zero each feature of each row with probability p (in steps of 1/256) and rescale the rest.
 
         Args:
-            x: (b, D), or (b, K, D) whose K parts of a row lose the same features.
+            x: (b, D), one row each; with `owner` (R, D), parts of which those of a row lose the same features.
             p: probability; 0 leaves x as it is.
+            owner: (R,) int64, the worker's row that each part belongs to.
         """
         dropped = round(p * 256)
         if not dropped:
@@ -47,4 +48,4 @@ class Noise:
         words.random_(-(2**63), None, generator=self._generator)  # all 64 bits
         kept = words.view(torch.uint8)[self.rows, :width] >= dropped
         scaled = kept.to(x.device, x.dtype) * (256 / (256 - dropped))
-        return x * (scaled if x.ndim == 2 else scaled[:, None])
+        return x * (scaled if owner is None else scaled[owner])

@@ -46,7 +46,7 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def _root(self, x: Tensor) -> Tensor:
-        return x.sign() * x.abs().sqrt() if self.signed_sqrt else x
+        return x.abs().sqrt_().copysign_(x) if self.signed_sqrt else x
 
     def fit(self, x: Tensor) -> None:
         """Take the statistics of x (N, D)."""
@@ -94,14 +94,14 @@ class ResidualMLP(nn.Module):
         self.out = BlockLinear(width, dim, blocks) if width else None
         self.dropout = dropout
 
-    def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
-        """Map; `noise` only while training."""
+    def forward(self, x: Tensor, noise: Noise | None, owner: Tensor | None = None) -> Tensor:
+        """Map; `noise` only while training, and `owner` as in `Noise.dropout`."""
         straight: Tensor = self.skip(x)
         if self.hidden is None or self.out is None:
             return straight
         hidden = F.gelu(self.hidden(x))
         if noise is not None:
-            hidden = noise.dropout(hidden, self.dropout)
+            hidden = noise.dropout(hidden, self.dropout, owner)
         return straight + self.out(hidden)  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
@@ -197,13 +197,16 @@ class Tower(nn.Module):
         return pooled if encoded.whole is None else encoded.whole + pooled
 
     def project_parts(self, features: Features, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """Parts of all columns in the joint part space, end to end: (N, K, E) and their mask (N, K)."""
+        """Parts of all columns in the joint part space, end to end: (N, K, E), zeros where masked, and their mask."""
         projected = []
-        for part, standardise, project in zip(features.parts, self.standardise_parts, self.parts, strict=True):
-            x = standardise(part)  # (N, K, D)
+        columns = zip(features.parts, features.masks, self.standardise_parts, self.parts, strict=True)
+        for part, mask, standardise, project in columns:
+            owner = mask.nonzero()[:, 0]  # (R,): padding, most of a batch of captions, is not computed
+            x = standardise(part[mask])  # (R, D)
             if noise is not None:
-                x = noise.dropout(x, self.config.input_dropout)
-            projected.append(project(x, noise))
+                x = noise.dropout(x, self.config.input_dropout, owner)
+            real = project(x, noise, owner)  # (R, E)
+            projected.append(real.new_zeros(*mask.shape, self.dim).index_put((mask,), real))
         return torch.cat(projected, 1), torch.cat(features.masks, 1)
 
     def _whole(self, features: Features, noise: Noise | None) -> Tensor | None:

@@ -22,7 +22,7 @@ def features(rows=5, parts=4, pad=0):
     grid = torch.randn(rows, parts, 6, generator=generator)
     mask = torch.ones(rows, parts, dtype=torch.bool)
     if pad:
-        grid = torch.cat([grid, torch.full((rows, pad, 6), 9.0)], 1)
+        grid = torch.cat([grid, torch.full((rows, pad, 6), torch.nan)], 1)
         mask = torch.cat([mask, torch.zeros(rows, pad, dtype=torch.bool)], 1)
     return Features(torch.randn(rows, 8, generator=generator), (grid,), (mask,))
 

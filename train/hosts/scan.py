@@ -9,7 +9,9 @@ log-mean-exp(λ₂ R) / λ₂: a mean where the paper takes a sum, so that it st
 d² = 2 - 2 s, as for unit vectors.
 
 Attended vectors are never built: e_l·a_l = Σ_k α_kl s_kl and ‖a_l‖² = α_lᵀ G α_l with G = V Vᵀ, so N images against M
-captions need one matrix product and a few passes over (N, K, M, L) numbers instead of (N, M, L, D).
+captions need one matrix product and a few passes over (N, K, M, L) numbers instead of (N, M, L, D). These passes go
+over blocks of captions of about equal length, which fit into a processor's cache and hold little padding; while
+training each block is computed a second time instead of kept, so memory does not grow with N·K·M·L.
 """
 
 from collections.abc import Sequence
@@ -17,11 +19,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from train.config import ModelConfig, SettingsError
+from train.contexts import real_first, take
 from train.embeddings import Embeddings
 from train.hosts.host import Host
 from train.towers import Dims, Encoded, Tower
+
+_BLOCK = 2**19
+"""Numbers (N, K, M, L) that are compared at once: what fits into a processor's cache."""
 
 _TINY = 1e-8
 _FLOOR = 0.05
@@ -71,18 +78,29 @@ class CrossAttentionHost(Host):
         return _parts(F.pad(encoded.parts, (0, 0, 0, room)), F.pad(mask, (0, room)))  # a negative pad cuts
 
     def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
-        """2 - 2 s for N images and M captions: (N, M) in [0, 4]. Memory grows with N·K·M·L."""
+        """2 - 2 s for N images and M captions: (N, M) in [0, 4]."""
         return 2.0 - 2.0 * self.similarity(image, text)
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Tensor:
         """The score s (N, M): text to image, image to text, or the mean of both, as `scan.direction` says."""
-        parts, words = image.parts, text.parts  # (N, K, D), (M, L, D)
+        order = text.mask.sum(1).argsort()  # (M,)
+        room = _BLOCK if image.parts.device.type == "cpu" else 64 * _BLOCK  # a GPU wants fewer and larger ones
+        captions = max(1, room // max(1, image.mask.numel() * text.mask.shape[1]))
+        found = []
+        for rows in torch.split(order, captions):
+            block = image.parts, image.mask, *_trimmed(text.parts[rows], text.mask[rows])
+            recompute = torch.is_grad_enabled() and (image.parts.requires_grad or text.parts.requires_grad)
+            found.append(checkpoint(self._compare, *block, use_reentrant=False) if recompute else self._compare(*block))
+        return torch.cat(found, 1)[:, order.argsort()]
+
+    def _compare(self, parts: Tensor, part_mask: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+        """Similarity (N, M) of unit parts (N, K, D) and unit words (M, L, D)."""
         dots = (parts.flatten(0, 1) @ words.flatten(0, 1).T).view(*parts.shape[:2], *words.shape[:2])  # (N, K, M, L)
         found = []
         if self.config.scan.direction in ("t2i", "both"):
-            found.append(self._attend(dots, parts, image.mask, text.mask))
+            found.append(self._attend(dots, parts, part_mask, word_mask))
         if self.config.scan.direction in ("i2t", "both"):
-            found.append(self._attend(dots.permute(2, 3, 0, 1), words, text.mask, image.mask).T)
+            found.append(self._attend(dots.permute(2, 3, 0, 1), words, word_mask, part_mask).T)
         return torch.stack(found).mean(0)
 
     def _attend(self, dots: Tensor, keys: Tensor, key_mask: Tensor, query_mask: Tensor) -> Tensor:
@@ -112,10 +130,9 @@ class CrossAttentionHost(Host):
     def attention(self, dots: Tensor, key_mask: Tensor) -> Tensor:
         """Attention over keys (N, K, M, Q), summing to 1 over K; see the file's docstring."""
         positive = dots.clamp_min(0.0)
-        length = (positive.square().sum(3, keepdim=True) + _FLOOR**2).sqrt()
-        scores = self.config.scan.attention * positive / length
-        lowest = torch.finfo(scores.dtype).min
-        return scores.masked_fill(~key_mask[:, :, None, None], lowest).softmax(1)
+        per_length = (positive.square().sum(3, keepdim=True) + _FLOOR**2).rsqrt()  # (N, K, M, 1)
+        masked = torch.where(key_mask, 0.0, torch.finfo(dots.dtype).min)  # added: its backward pass is free
+        return (positive * (self.config.scan.attention * per_length) + masked[:, :, None, None]).softmax(1)
 
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
         """Mean over the pair's words of their attention to parts, and the reverse; see `Host.guidance`."""
@@ -135,6 +152,12 @@ class CrossAttentionHost(Host):
             torch.cat([view.parts for view in views], 1),
             torch.cat([view.mask for view in views], 1),
         )
+
+
+def _trimmed(words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Captions (M, L, D) with their real words in front, cut to the longest of them."""
+    order = real_first(mask)[:, : max(1, int(mask.sum(1).max()))]
+    return take(words, order), mask.gather(1, order)
 
 
 def _parts(parts: Tensor, mask: Tensor) -> Embeddings:

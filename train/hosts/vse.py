@@ -109,7 +109,8 @@ class DualEncoder(Host):
             )
 
         def attention(own: Encoded, partner: Embeddings) -> Tensor:
-            scores = (own.parts.float() @ partner.vector[..., None]).squeeze(2) / math.sqrt(own.parts.shape[2])
+            told = partner.vector.to(own.parts.dtype)[..., None]
+            scores = (own.parts @ told).squeeze(2).float() / math.sqrt(own.parts.shape[2])
             return scores.masked_fill(~own.mask, torch.finfo(scores.dtype).min).softmax(1) * own.mask
 
         return attention(image, embedded[1]), attention(text, embedded[0])

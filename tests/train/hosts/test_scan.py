@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train.hosts.scan as scan_module
 from train.batches import Features
 from train.config import LocalConfig, ModelConfig, ScanConfig, SettingsError, TowerConfig
 from train.hosts import CrossAttentionHost, build_host
@@ -65,6 +66,43 @@ def test_similarity_against_loops(direction, pooling):
             assert float(found[i, j]) == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(model.distances(images, texts), 2 - 2 * found)
     assert found.abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+def test_blocks_of_captions_change_neither_distances_nor_gradients(direction, monkeypatch):
+    model = build_host(replace(CONFIG, scan=replace(CONFIG.scan, direction=direction)), PARTS, PARTS)
+    texts = features(7, 5, [5, 1, 3, 0, 4, 2, 5])
+    gaps = texts.masks[0].clone()
+    gaps[0, 1] = gaps[4, 0] = gaps[6, :4] = False  # as after erasing
+    batch = features(3, 4), replace(texts, masks=(gaps,))
+
+    def compared(numbers):
+        monkeypatch.setattr(scan_module, "_BLOCK", numbers)
+        model.zero_grad()
+        found = model.distances(model.embed_images(batch[0]), model.embed_texts(batch[1]))
+        (found * torch.arange(1.0, 22.0).view(3, 7)).sum().backward()
+        return found.detach(), [p.grad.clone() for p in model.parameters()]
+
+    whole, expected = compared(10**9)
+    for numbers in (1, 2 * 3 * 4 * 5):  # one caption, two captions
+        found, gradients = compared(numbers)
+        torch.testing.assert_close(found, whole)
+        torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_block_needs_is_computed_again_and_not_kept(monkeypatch):
+    model = build_host(CONFIG, PARTS, PARTS)
+    images, texts = model.embed_images(features(8, 9)), model.embed_texts(features(40, 5))
+
+    def kept(numbers):
+        monkeypatch.setattr(scan_module, "_BLOCK", numbers)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            model.distances(images, texts)
+        return sizes
+
+    compared = 8 * 9 * 40 * 5
+    assert max(kept(compared // 10)) < compared / 10
 
 
 def test_captions_are_cut_and_padded_to_one_width():
