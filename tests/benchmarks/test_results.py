@@ -1,10 +1,11 @@
 """The rows of docs/results.md: each is a run of its own, and changes settings that its recipe has."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.results import SECTIONS, folders_of
+from benchmarks.results import SECTIONS, folders_of, tables
 from pipeline.config import merge
 from pipeline.recipes import RECIPES
 
@@ -41,3 +42,9 @@ def test_single_modules_keep_the_recipes_values(method):
     for name, parts in (("+ erasing", 1), ("+ memory bank", 1), ("+ weighted InfoNCE", 1), (f"all: `{method}`", 3)):
         objective = rows[name]
         assert sum(map(bool, (objective.erasing.weight, objective.bank.size, objective.infonce.hardness))) == parts
+
+
+def test_a_section_without_runs_keeps_its_table(tmp_path):
+    standing = "\n\n### HIER\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n### A section of the past\n\n| c |\n\n"
+    found = list(tables(Namespace(seeds=3, runs=tmp_path), standing))
+    assert "\n".join(found) == "\n### HIER\n\n| a | b |\n|---|---|\n| 1 | 2 |"
