@@ -30,6 +30,9 @@ from featurize.plan import PlannedColumn, encoder_card
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
 from featurize.sharing import Donor, KnownRow, known_rows, link, rows_of
 
+LOCK = ".lock"
+"""In a column's folder: held by the job that makes it."""
+
 
 @dataclass(frozen=True)
 class _Shard:
@@ -159,7 +162,7 @@ def _locked(folders: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for folder in sorted(folders):  # one order for all jobs: none waits for one that waits for it
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock")
+            lock = FileLock(folder / LOCK)
             try:
                 stack.enter_context(lock.acquire(timeout=0))
             except Timeout:

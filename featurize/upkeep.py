@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
-from featurize.fill import fill
+from featurize.fill import LOCK, fill
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import CacheError, differences, read_begun, read_manifest
 from featurize.plan import PlannedColumn, encoder_card
@@ -178,14 +178,16 @@ _DAY = 24 * 60 * 60
 
 
 def _age(folder: Path) -> float:
-    """Days since anything in a folder changed."""
-    return (time.time() - max(path.stat().st_mtime for path in [folder, *folder.iterdir()])) / _DAY
+    """Days since a column last changed; locks do not count, for looking at them touches them."""
+    files = [path for path in folder.iterdir() if path.name != LOCK] or [folder]
+    return (time.time() - max(path.stat().st_mtime for path in files)) / _DAY
 
 
 def _is_being_made(folder: Path) -> bool:
-    lock = FileLock(folder / ".lock")
+    if not (folder / LOCK).exists():
+        return False
     try:
-        with lock.acquire(timeout=0):
+        with FileLock(folder / LOCK).acquire(timeout=0):
             return False
     except Timeout:
         return True
