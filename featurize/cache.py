@@ -283,7 +283,8 @@ class ShardRecord:
         rows: members in the tar.
         size: bytes of the tar.
         sha256: of the tar.
-        quarantined: rows (within the shard) that hold NaN because their image could not be decoded.
+        quarantined: rows (within the shard) that hold NaN, or nothing in a ragged column, because their image could
+            not be decoded.
         reasons: why, one for each.
     """
 
@@ -344,7 +345,7 @@ class Manifest:
 
     @property
     def missing(self) -> Array:
-        """(n,) int64 rows that hold NaN because their image could not be decoded."""
+        """(n,) int64 rows that hold NaN or nothing because their image could not be decoded."""
         starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         return np.array(
             [start + row for start, shard in zip(starts, self.shards, strict=False) for row in shard.quarantined],

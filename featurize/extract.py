@@ -123,14 +123,24 @@ def text_encoder(reference: str, precision: Literal["bfloat16", "float32"]) -> T
     return open_text_encoder(reference, precision, _device())
 
 
-def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: int) -> dict[str, Array]:
-    """What an encoder says of prepared images: output name -> (N, *shape) float32."""
+def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: int) -> dict[str, list[Array]]:
+    """What an encoder says of prepared images: output name -> one array an image, float32 or int32.
+
+    Images of equal size share a forward pass.
+    """
     answers: dict[str, list[Array]] = {}
     remaining = iter(prepared)
     while images := list(itertools.islice(remaining, batch)):
-        for name, values in encoder.encode(torch.stack(images)).items():
-            answers.setdefault(name, []).append(values.numpy())
-    return {name: np.concatenate(values) for name, values in answers.items()}
+        together: dict[str, list[Array]] = {}
+        for size in dict.fromkeys(image.shape for image in images):
+            places = [place for place, image in enumerate(images) if image.shape == size]
+            for name, values in encoder.encode(torch.stack([images[place] for place in places])).items():
+                rows = together.setdefault(name, [np.empty(0)] * len(images))
+                for place, value in zip(places, values, strict=True):
+                    rows[place] = value.numpy()
+        for name, rows in together.items():
+            answers.setdefault(name, []).extend(rows)
+    return answers
 
 
 def describe_texts(encoder: TextEncoder, captions: Sequence[str], batch: int) -> dict[str, list[Array]]:
@@ -153,7 +163,8 @@ def describe_texts(encoder: TextEncoder, captions: Sequence[str], batch: int) ->
 def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     """Describe one shard's rows and publish a tar for each target; returns column folder -> record.
 
-    A row whose image cannot be decoded is written as NaN and noted in the record: rows keep their places.
+    A row whose image cannot be decoded is written as NaN (empty, where rows differ in length) and noted in the record:
+    rows keep their places.
 
     Raises:
         CacheError: this machine opens another network under the same reference than the driver did.
@@ -208,10 +219,11 @@ def _describe_image_samples(task: ShardTask) -> tuple[dict[str, Sequence[Array]]
     answers: dict[str, Sequence[Array]] = {}
     good = [number for number in range(len(task.samples)) if number not in failed]
     for output in encoder.card.outputs:
-        rows = np.full((len(task.samples), *output.shape), np.nan, np.float32)
-        if good:
-            rows[good] = described[output.name]
-        answers[output.name] = list(rows)
+        absent = np.full((0, *output.shape) if output.ragged else output.shape, np.nan, np.float32)
+        rows: list[Array] = [absent] * len(task.samples)
+        for number, row in zip(good, described[output.name] if good else [], strict=True):
+            rows[number] = row
+        answers[output.name] = rows
     return answers, dict(sorted(failed.items()))
 
 

@@ -11,7 +11,7 @@ one `.npy` member for each row, in row order:
 
 *Fixed* columns: every row has the same shape, hence every member the same size (the stride), hence row i begins at
 byte `i * stride + 640`, and the shard opens as one strided array over the mapped file, with nothing to convert.
-*Ragged* columns (tokens, lemmas): rows are (L_i, D) or (L_i,) with L_i >= 0; `<shard>.idx.npy` beside the
+*Ragged* columns (tokens, lemmas, regions): rows are (L_i, D) or (L_i,) with L_i >= 0; `<shard>.idx.npy` beside the
 tar, (rows, 2) int64, holds the byte at which row i's values begin and L_i. It can be rebuilt from the tar alone.
 
 A key is the row's id with everything but letters, digits, `_` and `-` percent-encoded (so it is never a path, and
@@ -255,6 +255,11 @@ class Column:
         owners, firsts = np.unique(owner[order], return_index=True)
         for shard, places in zip(owners, np.split(order, firsts[1:]), strict=True):
             yield self.shards[shard], rows[places] - self.starts[shard], places
+
+    @property
+    def longest(self) -> int:
+        """L of the longest row of a ragged column, at least 1."""
+        return max([1, *(int(shard.index[:, 1].max(initial=0)) for shard in self.shards if shard.index is not None)])
 
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""
