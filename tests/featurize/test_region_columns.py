@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from featurize.cache import index, open_column, read_manifest, verify
 from featurize.config import FeaturizeConfig, ScenesConfig
@@ -152,3 +153,16 @@ def test_single_rows_are_padded_alike(extracted):
 def test_towers_read_what_they_can(extracted, parts, vectors, message):
     with pytest.raises(SettingsError, match=message):
         reader(extracted, parts, vectors)
+
+
+def test_pictures_of_different_sizes_keep_their_places(config):
+    encoder = image_encoder(config.images[0], "float32")
+    rng = np.random.default_rng(0)
+    sizes = [(40, 60, 3), (60, 40, 3), (40, 60, 3), (50, 50, 3), (60, 40, 3)]
+    prepared = [encoder.prepare(Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))) for size in sizes]
+    together = describe_images(encoder, prepared, 4)
+    for place, picture in enumerate(prepared):
+        alone = describe_images(encoder, [picture], 1)
+        for output in OUTPUTS:
+            assert len(together[output]) == len(sizes)
+            np.testing.assert_allclose(together[output][place], alone[output][0], atol=1e-3, rtol=1e-3)
