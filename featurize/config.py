@@ -62,7 +62,8 @@ class FeaturizeConfig:
         default=("efficientnet-lite0",),
         metadata={
             "help": "image encoders, joined at training: efficientnet-lite0|1|2, "
-            "torchvision:NAME[@random|@default|@FILE], transformers:FOLDER-OR-HUB-NAME"
+            "torchvision:NAME[@random|@default|@FILE], transformers:FOLDER-OR-HUB-NAME, "
+            "regions:DETECTOR[@WEIGHTS][+ENCODER][+k=36][+score=0.2] with ssd-mobilenet or fasterrcnn_... as DETECTOR"
         },
     )
     texts: tuple[str, ...] = field(
