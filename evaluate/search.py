@@ -20,12 +20,12 @@ from torch import Tensor
 from evaluate.embed import embed_image_rows
 from evaluate.hubness import HubnessCorrection, augment_gallery, augment_queries
 from evaluate.index import Index
-from featurize.cache import CacheError
 from featurize.datasets.sample import Sample
+from featurize.describe import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.encoder import Card
-from featurize.extract import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.images.decode import decode
 from featurize.images.views import view
+from featurize.manifest import CacheError
 from featurize.shards import Array
 from train.batches import ColumnRef, FeatureReader, Features
 from train.hosts import Embedder

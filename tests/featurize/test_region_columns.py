@@ -7,12 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from featurize.cache import index, open_column, read_manifest, verify
+from featurize.columns import open_column
 from featurize.config import FeaturizeConfig, ScenesConfig
 from featurize.datasets.scenes import read_scenes
-from featurize.extract import describe_images, featurize, image_encoder, plan
+from featurize.describe import describe_images, image_encoder
+from featurize.fill import fill
 from featurize.images.decode import decode
 from featurize.images.views import view
+from featurize.index import index
+from featurize.manifest import read_manifest
+from featurize.plan import plan
+from featurize.verify import drift, verify
 from train.batches import FeatureReader, Inputs
 from train.config import ModelConfig, SettingsError, TowerConfig, TrainConfig
 
@@ -43,7 +48,7 @@ def extracted(pictures, config, tmp_path_factory, ray_local):
         samples[row] = replace(pictures[row], image=str(cut))
     dataset = index(samples, "scenes", folder, max_quarantined=0.5)
     columns = plan(dataset, config, OUTPUTS, ("sentence",))
-    featurize(dataset, config, columns)
+    fill(dataset, config, columns)
     return dataset, columns
 
 
@@ -97,8 +102,30 @@ def test_the_cache_is_sound(extracted):
     assert list(verify(extracted[0].folder)) == []
 
 
+def test_regions_that_are_described_again_are_the_same(extracted):
+    dataset, columns = extracted
+    for column in columns[:9:2]:
+        again = drift(dataset, column.folder, read_manifest(column.folder), 3)
+        assert again.rows == 3
+        assert again.largest < 0.01, column.name
+
+
+def test_int8_is_for_vectors_only(extracted, config, tmp_path, ray_local):
+    dataset = index(extracted[0].samples[:3], "few", tmp_path, max_quarantined=0.5)
+    small = replace(config, storage="int8", views=("plain",))
+    columns = plan(dataset, small, OUTPUTS, ())
+    assert [column.output.dtype for column in columns] == ["int8", "int8", "float16", "int32", "int8"]
+    fill(dataset, small, columns)
+    assert list(verify(dataset.folder)) == []
+    for column in columns:
+        rows, real = open_column(dataset, column.name, column.id).gather_padded(np.arange(3))
+        exact, mask = opened(extracted, column.output.name).gather_padded(np.arange(3))
+        assert np.array_equal(real, mask)
+        assert np.abs(rows - exact).max() <= np.abs(exact).max() / 120
+
+
 def test_a_second_time_nothing_is_extracted(extracted, config, capsys):
-    featurize(extracted[0], config, extracted[1])
+    fill(extracted[0], config, extracted[1])
     assert "11 columns found, 0 rows to extract" in capsys.readouterr().out
 
 
