@@ -63,8 +63,8 @@ class ShardRecord:
         rows: members in the tar.
         size: bytes of the tar.
         sha256: of the tar.
-        quarantined: rows (within the shard) that hold NaN, or nothing in a ragged column, because their image could not
-            be described.
+        quarantined: rows (within the shard) that hold NaN, or nothing in a ragged column, because their image could
+            not be described.
         reasons: why, one for each.
     """
 

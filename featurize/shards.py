@@ -295,15 +295,15 @@ class Column:
         for shard, places in zip(owners, np.split(order, firsts[1:]), strict=True):
             yield self.shards[shard], rows[places] - self.starts[shard], places
 
-    @property
-    def longest(self) -> int:
-        """L of the longest row of a ragged column, at least 1."""
-        return max([1, *(int(shard.index[:, 1].max(initial=0)) for shard in self.shards if shard.index is not None)])
-
     def row(self, row: int) -> Array:
         """One row, (*shape) or ragged (L, *shape)."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.shards[shard].row(row - int(self.starts[shard]))
+
+    @property
+    def longest(self) -> int:
+        """L of the longest row of a ragged column, at least 1."""
+        return max([1, *(int(shard.index[:, 1].max(initial=0)) for shard in self.shards if shard.index is not None)])
 
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""
