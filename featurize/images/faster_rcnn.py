@@ -58,7 +58,7 @@ class FasterRCNN:
             "shorter": network.transform.min_size[-1],
             "longer": network.transform.max_size,
             "suppression": network.roi_heads.nms_thresh,
-            "classes": COCO_CLASSES if classes == len(COCO_CLASSES) else classes,
+            "classes": list(COCO_CLASSES) if classes == len(COCO_CLASSES) else classes,
             "precision": used,
         }
 

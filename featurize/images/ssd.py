@@ -51,7 +51,7 @@ class SSDMobileNet:
         self.record: dict[str, JSON] = {
             "resize": [_INPUT, _INPUT],
             "filter": "bilinear, not antialiased",
-            "classes": COCO_CLASSES,
+            "classes": list(COCO_CLASSES),
             "precision": "float32",
         }
         self._cv2.setNumThreads(1)

@@ -17,7 +17,7 @@ from featurize.images.views import view
 from featurize.index import index
 from featurize.manifest import read_manifest
 from featurize.plan import plan
-from featurize.verify import verify
+from featurize.verify import drift, verify
 from train.batches import FeatureReader, Inputs
 from train.config import ModelConfig, SettingsError, TowerConfig, TrainConfig
 
@@ -100,6 +100,28 @@ def test_an_image_that_cannot_be_decoded_has_an_empty_row(extracted):
 
 def test_the_cache_is_sound(extracted):
     assert list(verify(extracted[0].folder)) == []
+
+
+def test_regions_that_are_described_again_are_the_same(extracted):
+    dataset, columns = extracted
+    for column in columns[:9:2]:
+        again = drift(dataset, column.folder, read_manifest(column.folder), 3)
+        assert again.rows == 3
+        assert again.largest < 0.01, column.name
+
+
+def test_int8_is_for_vectors_only(extracted, config, tmp_path, ray_local):
+    dataset = index(extracted[0].samples[:3], "few", tmp_path, max_quarantined=0.5)
+    small = replace(config, storage="int8", views=("plain",))
+    columns = plan(dataset, small, OUTPUTS, ())
+    assert [column.output.dtype for column in columns] == ["int8", "int8", "float16", "int32", "int8"]
+    fill(dataset, small, columns)
+    assert list(verify(dataset.folder)) == []
+    for column in columns:
+        rows, real = open_column(dataset, column.name, column.id).gather_padded(np.arange(3))
+        exact, mask = opened(extracted, column.output.name).gather_padded(np.arange(3))
+        assert np.array_equal(real, mask)
+        assert np.abs(rows - exact).max() <= np.abs(exact).max() / 120
 
 
 def test_a_second_time_nothing_is_extracted(extracted, config, capsys):

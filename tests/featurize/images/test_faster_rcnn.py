@@ -98,7 +98,7 @@ def test_the_card_says_what_decides_the_answer(ours):
         "shorter": 320,
         "longer": 640,
         "suppression": 0.5,
-        "classes": COCO_CLASSES,
+        "classes": list(COCO_CLASSES),
         "precision": "float32",
         "longest": 1333,
         "k": 5,

@@ -65,7 +65,7 @@ def test_features_are_those_of_its_last_map(encoder):
 def test_the_card_names_weights_and_classes(encoder):
     record = encoder.card.preprocessing
     assert encoder.card.name == "regions:ssd-mobilenet"
-    assert record["classes"] == COCO_CLASSES
+    assert record["classes"] == list(COCO_CLASSES)
     assert (record["resize"], record["precision"], record["k"], record["score"]) == ([300, 300], "float32", 20, 0.05)
     # The sha1 that opencv_extra's testdata/dnn/download_models.py states for this graph.
     with Path(ssd._checked(ssd._GRAPH)).open("rb") as graph:
