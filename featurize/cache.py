@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from featurize.datasets.sample import Sample
+from featurize.imports import is_import
 from featurize.shards import Array, Column, ShardError, publish, row_key
 
 FORMAT_VERSION = 1
@@ -45,7 +46,8 @@ class Quarantined:
 
     Attributes:
         image_id: whose it is.
-        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes).
+        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in
+            the imported file).
         reason: what was found.
         sha256: of the image bytes, where there were any.
     """
@@ -257,7 +259,7 @@ def open_dataset(folder: Path) -> Dataset:
         folder,
         samples,
         tuple(row["sha256"] for row in rows),
-        tuple(problem for problem in problems if problem.stage != "decode"),
+        tuple(problem for problem in problems if problem.stage not in ("decode", "import")),
     )
 
 
@@ -443,8 +445,9 @@ def write_quarantine(dataset: Dataset, manifests: Iterable[Manifest]) -> list[Qu
     decoded: dict[str, Quarantined] = {}
     for manifest in manifests:
         reasons = (reason for shard in manifest.shards for reason in shard.reasons)
+        stage = "import" if is_import(str(manifest.ingredients["encoder"])) else "decode"
         for row, reason in zip(manifest.missing, reasons, strict=True):
-            problem = Quarantined(dataset.samples[row].image_id, "decode", reason, dataset.digests[row])
+            problem = Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row])
             decoded[problem.image_id] = problem
             lines.append({**asdict(problem), "column": manifest.name})
     text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)

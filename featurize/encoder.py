@@ -3,8 +3,8 @@
 Image encoders are in `featurize.images`, text encoders in `featurize.texts`. Two more kinds fit without a
 change here. A region encoder (a detector with RoI pooling) is an `ImageEncoder` whose outputs are
 ("regions", (K, D)), ("boxes", (K, 4)) and ("scores", (K,)), always K rows, best score first. Features that
-are imported from a file (h5, npy, tsv) have a `Card` (weights = sha256 of the file) with outputs of the same
-names, but nothing to prepare or encode: their reader takes the place of the encoder.
+others have extracted have a `Card` (weights = sha256 of the file) with outputs of the same names, but nothing
+to prepare or encode: their reader takes the place of the encoder (`featurize.imports`).
 """
 
 import hashlib

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from featurize.encoder import Card, ImageEncoder, Output, TextEncoder
 from featurize.images import open_image_encoder
 from featurize.images.decode import DecodeError, decode
 from featurize.images.views import view
+from featurize.imports import check_imports, is_import, open_import
 from featurize.shards import Array, publish, row_key, write_shard
 from featurize.texts import open_text_encoder
 
@@ -93,6 +94,7 @@ class ShardTask:
         targets: (output name, ragged, column folder) to write.
         batch: rows in a forward pass.
         rows: rows that each target gets.
+        places: for each row those of an imported file that hold it; none for a network.
     """
 
     modality: Modality
@@ -105,6 +107,7 @@ class ShardTask:
     targets: tuple[tuple[str, bool, Path], ...]
     batch: int
     rows: int
+    places: tuple[tuple[int, ...], ...] = ()
 
 
 def _device() -> str:
@@ -153,20 +156,29 @@ def describe_texts(encoder: TextEncoder, captions: Sequence[str], batch: int) ->
 def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     """Describe one shard's rows and publish a tar for each target; returns column folder -> record.
 
-    A row whose image cannot be decoded is written as NaN and noted in the record: rows keep their places.
+    A row whose image cannot be decoded, or is not in an imported file, is written as NaN and noted in the record: rows
+    keep their places.
 
     Raises:
         CacheError: this machine opens another network under the same reference than the driver did.
+        featurize.datasets.sample.DataError: an imported file's values cannot be stored.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if task.modality == "image":
         keys = [row_key(sample.image_id) for sample in task.samples]
-        answers, failed = _describe_image_samples(task)
     else:
         keys = [row_key(s.image_id, number) for s in task.samples for number in range(len(s.captions))]
+    answers: Mapping[str, Sequence[Array]]
+    if is_import(task.encoder):
+        features = open_import(task.encoder, task.modality, task.targets[0][2].parents[1])
+        _check_card(task, features.card)
+        answers, failed = features.read([name for name, _, _ in task.targets], task.places)
+    elif task.modality == "image":
+        answers, failed = _describe_image_samples(task)
+    else:
         encoder = text_encoder(task.encoder, task.precision)
         _check_card(task, encoder.card)
-        answers = {**describe_texts(encoder, [c for s in task.samples for c in s.captions], task.batch)}
+        answers = describe_texts(encoder, [c for s in task.samples for c in s.captions], task.batch)
         failed = {}
     dtypes = {output.name: output.dtype for output in task.card.outputs}
     records = {}
@@ -233,6 +245,13 @@ def _outputs(card: Card, reference: str, wanted: Sequence[str]) -> list[Output]:
     return list(dict.fromkeys(chosen))
 
 
+def _card(dataset: Dataset, config: FeaturizeConfig, modality: Modality, reference: str) -> Card:
+    """What a reference opens: a network, or features that others have extracted."""
+    if is_import(reference):
+        return open_import(reference, modality, dataset.folder.parent).card
+    return (image_encoder if modality == "image" else text_encoder)(reference, config.precision).card
+
+
 def plan(
     dataset: Dataset, config: FeaturizeConfig, image_outputs: Sequence[str], text_outputs: Sequence[str]
 ) -> list[PlannedColumn]:
@@ -240,14 +259,13 @@ def plan(
 
     Raises:
         CacheError: an encoder lacks an output that is wanted, or no encoder has it.
+        EncoderError: imported features cannot stand beside the others.
     """
+    check_imports(config.images, config.texts, config.views)
     planned: list[PlannedColumn] = []
     encoders: list[tuple[Modality, str, Card, tuple[View, ...], Sequence[str]]] = [
-        *(
-            ("image", ref, image_encoder(ref, config.precision).card, config.views, image_outputs)
-            for ref in config.images
-        ),
-        *(("text", ref, text_encoder(ref, config.precision).card, ("plain",), text_outputs) for ref in config.texts),
+        *(("image", ref, _card(dataset, config, "image", ref), config.views, image_outputs) for ref in config.images),
+        *(("text", ref, _card(dataset, config, "text", ref), ("plain",), text_outputs) for ref in config.texts),
     ]
     for modality, reference, card, views, wanted in encoders:
         safe = re.sub(r"[^A-Za-z0-9_-]", "-", card.name)
@@ -292,10 +310,13 @@ def _shard_tasks(dataset: Dataset, config: FeaturizeConfig, missing: Sequence[Pl
     for _, columns in itertools.groupby(sorted(missing, key=group), key=group):
         together = list(columns)
         first = together[0]
-        opener = image_encoder if first.modality == "image" else text_encoder
+        card = _card(dataset, config, first.modality, first.encoder)
+        places = _places(dataset, first.modality, first.encoder) if is_import(first.encoder) else []
+        row = 0
         for number, start in enumerate(range(0, len(dataset.samples), config.rows_per_shard)):
             samples = dataset.samples[start : start + config.rows_per_shard]
             rows = len(samples) if first.modality == "image" else sum(len(s.captions) for s in samples)
+            row += rows
             targets = tuple(
                 (column.output.name, column.output.ragged, column.folder)
                 for column in together
@@ -305,7 +326,7 @@ def _shard_tasks(dataset: Dataset, config: FeaturizeConfig, missing: Sequence[Pl
                 yield ShardTask(
                     first.modality,
                     first.encoder,
-                    opener(first.encoder, config.precision).card,
+                    card,
                     config.precision,
                     first.view,
                     number,
@@ -313,7 +334,14 @@ def _shard_tasks(dataset: Dataset, config: FeaturizeConfig, missing: Sequence[Pl
                     targets,
                     config.image_batch if first.modality == "image" else config.text_batch,
                     rows,
+                    tuple(places[row - rows : row]),
                 )
+
+
+def _places(dataset: Dataset, modality: Modality, reference: str) -> list[tuple[int, ...]]:
+    """For each row of the data set those of an imported file that hold it."""
+    incomplete = frozenset(problem.image_id for problem in dataset.quarantine)
+    return open_import(reference, modality, dataset.folder.parent).places(dataset.samples, incomplete)
 
 
 def featurize(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:

@@ -1,0 +1,108 @@
+"""The reader that takes an encoder's place: its card, which rows are whose, and the values as they are stored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featurize.datasets.sample import DataError, Sample
+from featurize.encoder import Card, Output
+from featurize.imports.matching import Place, locate
+from featurize.imports.source import ById, Modality, Source
+from featurize.shards import Array
+
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """Features that others have extracted.
+
+    Attributes:
+        path: what the reference names.
+        modality: whether its rows are images or captions.
+        card: as an encoder has one: weights are the sha256 of the content, preprocessing is the format and layout.
+        source: how the rows are read.
+    """
+
+    path: Path
+    modality: Modality
+    card: Card
+    source: Source
+
+    def places(self, samples: Sequence[Sample], incomplete: frozenset[str]) -> list[Place]:
+        """For each image or caption of a data set the rows that describe it, see `featurize.imports.matching.locate`.
+
+        Args:
+            samples: the data set's images, in order.
+            incomplete: ids of images that lost something while indexing.
+        """
+        return locate(self.source.keys, samples, incomplete, self.modality, self.path)
+
+    def read(self, names: Sequence[str], places: Sequence[Place]) -> tuple[dict[str, list[Array]], dict[int, str]]:
+        """Values as they are stored (float16, or int32 where they are whole numbers), read in the file's order.
+
+        Args:
+            names: of outputs.
+            places: the rows of the file that hold a row of the answer.
+
+        Returns:
+            Output name -> one array for each place, NaN (or nothing, if ragged) where there are no values; place ->
+            why there are none.
+
+        Raises:
+            DataError: a value is beyond float16, or rows that should be copies of each other differ.
+        """
+        asked = sorted((row, place) for place, rows in enumerate(places) for row in rows)
+        rows = np.array([row for row, _ in asked], np.int64)
+        failed = {place: f"no row in {self.path.name}" for place, found in enumerate(places) if not found}
+        answers: dict[str, list[Array]] = {}
+        for name in names:
+            feature = next(feature for feature in self.source.features if feature.output.name == name)
+            found: dict[int, Array] = {}
+            for (row, place), values in zip(asked, feature.read(rows), strict=True):
+                stored = self._stored(values, feature.output, row)
+                if place in found and not np.array_equal(found[place], stored, equal_nan=True):
+                    raise DataError(
+                        f"{self.path}: {self._row(row)} and row {places[place][0]} are of one image, but their "
+                        f"{name!r} differ; expected copies"
+                    )
+                found[place] = stored
+                if np.isnan(stored).any():
+                    failed[place] = f"{self._row(row)} of {self.path.name} holds NaN"
+            absent = _absent(feature.output)
+            answers[name] = [found.get(place, absent) for place in range(len(places))]
+        for name in names:
+            output = next(output for output in self.card.outputs if output.name == name)
+            for place in failed:
+                answers[name][place] = _absent(output)
+        return answers, dict(sorted(failed.items()))
+
+    def _stored(self, values: Array, output: Output, row: int) -> Array:
+        shape = values.shape[1:] if output.ragged else values.shape
+        if shape != output.shape:
+            raise DataError(f"{self.path}: {self._row(row)} has the shape {values.shape}, expected {output.shape}")
+        if output.dtype == "int32":
+            bounds = np.iinfo(np.int32)
+            if values.size and (values.max() > bounds.max or values.min() < bounds.min):
+                raise DataError(f"{self.path}: {self._row(row)} holds numbers beyond 32 bits")
+            return values.astype(np.int32)
+        largest = float(np.max(np.abs(values), initial=0.0, where=~np.isnan(values)))
+        if largest > _LARGEST:
+            raise DataError(
+                f"{self.path}: {self._row(row)} holds {largest:g} in {output.name!r}, beyond float16's "
+                f"{_LARGEST:g}, in which features are stored; divide the features by a constant"
+            )
+        return values.astype(np.float16)
+
+    def _row(self, row: int) -> str:
+        name = f" ({self.source.keys.ids[row]!r})" if isinstance(self.source.keys, ById) else ""
+        return f"row {row}{name}"
+
+
+def _absent(output: Output) -> Array:
+    """What stands for a row without values: nothing in a ragged column, NaN in a fixed one."""
+    return np.full(
+        (0, *output.shape) if output.ragged else output.shape, np.nan if output.dtype == "float16" else 0
+    ).astype(output.dtype)
