@@ -10,6 +10,7 @@ All three run on one thread in processes of their own, under the allocator setti
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -64,7 +65,7 @@ def naive(paths: list[Path]) -> float:
 
 
 def _encoder() -> object:
-    from featurize.extract import image_encoder
+    from featurize.describe import image_encoder
 
     return image_encoder("torchvision:resnet50@random", "bfloat16")
 
@@ -84,9 +85,10 @@ def bare(paths: list[Path]) -> float:
 def ours(paths: list[Path]) -> float:
     """CPU seconds of one shard task, from JPEG files to a published tar."""
     from featurize.datasets.sample import Sample
-    from featurize.extract import ShardTask, extract_shard
+    from featurize.extract import ShardTask, Target, extract_shard
 
     card = _encoder().card  # type: ignore[attr-defined]
+    (pooled,) = (output for output in card.outputs if output.name == "pooled")
     samples = tuple(Sample(path.stem, str(path), ("-",), "train") for path in paths)
     with tempfile.TemporaryDirectory() as folder:
         task = ShardTask(
@@ -97,9 +99,9 @@ def ours(paths: list[Path]) -> float:
             "plain",
             0,
             samples,
-            (("pooled", False, Path(folder)),),
+            tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths),
+            (Target(pooled, Path(folder)),),
             8,
-            len(samples),
         )
         start = time.process_time()
         extract_shard(task)

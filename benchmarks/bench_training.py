@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from featurize.cache import Dataset, ShardRecord, column_folder, identity, index, make_manifest
+from featurize.columns import column_folder
 from featurize.config import FeaturizeConfig
 from featurize.datasets.sample import Sample
 from featurize.encoder import Output
-from featurize.extract import PlannedColumn
+from featurize.index import Dataset, index
+from featurize.manifest import ShardRecord, identity
+from featurize.plan import PlannedColumn
 from featurize.shards import row_key, write_shard
 from train.batches import Batch, FeatureReader, Inputs
 from train.config import TowerConfig, TrainConfig
@@ -67,9 +69,9 @@ def write_cache(folder: Path) -> tuple[Dataset, list[PlannedColumn]]:
             rows = rng.standard_normal((SHARD, *shape), dtype=np.float32).astype(np.float16)
             file = write_shard(target / f"{number:06d}.tar", keys, rows, ragged=output.ragged)
             records.append(ShardRecord(file.rows, file.size, file.sha256))
-        described = {"dtype": "float16", "shape": output.shape, "ragged": output.ragged}
-        make_manifest(name, modality, ingredients, described, records).write(target)
-        columns.append(PlannedColumn(name, modality, encoder, output, "plain", ingredients, target))
+        column = PlannedColumn(name, modality, encoder, output, "plain", ingredients, target)
+        column.manifest(SHARD, records).write(target)
+        columns.append(column)
     return dataset, columns
 
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from evaluate.embed import embed_image_rows
 from evaluate.hubness import HubnessCorrection, augment_gallery, augment_queries
 from evaluate.index import Index
-from featurize.cache import CacheError
 from featurize.datasets.sample import Sample
+from featurize.describe import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.encoder import Card
-from featurize.extract import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.images.decode import decode
 from featurize.images.views import view
 from featurize.imports import is_import
+from featurize.manifest import CacheError
 from featurize.shards import Array
 from train.batches import ColumnRef, FeatureReader, Features
 from train.hosts import Embedder
@@ -103,7 +103,7 @@ class Searcher:
         """Texts -> (N, E).
 
         Raises:
-            featurize.cache.CacheError: the model reads captions' features that were imported.
+            featurize.manifest.CacheError: the model reads captions' features that were imported.
         """
         _check_describable([*self.inputs.text_vectors, *self.inputs.text_parts, *self.inputs.text_bags], "text")
         answers: dict[str, dict[str, list[Array]]] = {}
@@ -132,7 +132,7 @@ class Searcher:
         """Pictures -> (N, E): the mean over the views that the model was trained with.
 
         Raises:
-            featurize.cache.CacheError: the model reads images' features that were imported.
+            featurize.manifest.CacheError: the model reads images' features that were imported.
         """
         groups = self.inputs.image_vectors + self.inputs.image_parts
         _check_describable([ref for views in groups for ref in views], "picture")

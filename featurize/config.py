@@ -88,3 +88,7 @@ class FeaturizeConfig:
     max_quarantined: float = field(
         default=0.05, metadata={"help": "share of images that may fail before the job is ended"}
     )
+    retry_quarantined: bool = field(
+        default=False,
+        metadata={"help": "describe images again that could not be described before, also inside finished shards"},
+    )

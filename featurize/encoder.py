@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Precision: TypeAlias = Literal["bfloat16", "float32"]
+DType: TypeAlias = Literal["float16", "int32"]
 
 
 class EncoderError(ValueError):
@@ -40,7 +41,7 @@ class Output:
     name: str
     shape: tuple[int, ...]
     ragged: bool = False
-    dtype: Literal["float16", "int32"] = "float16"
+    dtype: DType = "float16"
 
 
 @dataclass(frozen=True)

@@ -1,82 +1,61 @@
-"""Extraction: one Ray task describes one shard of images or captions and writes it for every output that is missing.
+"""Extraction: one task describes one shard of images or captions and writes it for every output that is missing.
 
-`extract_shard` is a plain function on plain records; `featurize` decides what is missing and hands it to Ray.
+`extract_shard` is a plain function on plain records; `featurize.fill` decides what is missing and hands it to Ray.
 """
 
-import functools
-import itertools
-import json
+import errno
+import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from featurize.cache import (
-    FORMAT_VERSION,
-    CacheError,
-    Dataset,
-    Manifest,
-    ShardRecord,
-    check_quarantine,
-    column_folder,
-    identity,
-    make_manifest,
-    read_manifest,
-    read_record,
-    write_quarantine,
-)
-from featurize.config import FeaturizeConfig, View
+from featurize.config import View
 from featurize.datasets.sample import Sample
-from featurize.encoder import Card, ImageEncoder, Output, TextEncoder
-from featurize.images import open_image_encoder
+from featurize.describe import describe_images, describe_texts, device, image_encoder, text_encoder
+from featurize.encoder import Card, Output
 from featurize.images.decode import DecodeError, decode
 from featurize.images.views import view
-from featurize.imports import check_imports, is_import, open_import
-from featurize.shards import Array, publish, row_key, write_shard
-from featurize.texts import open_text_encoder
+from featurize.imports import ImportedRows, open_import
+from featurize.manifest import (
+    CacheError,
+    Modality,
+    ShardRecord,
+    shard_path,
+    write_record,
+)
+from featurize.shards import Array, row_key, write_shard
+from featurize.sharing import KnownRow, is_sound, read_row
 
 # One core a worker, and an allocator that keeps the pages of large activations instead of giving them back to the
 # system after every layer: 3 to 4 times as fast on a CPU (benchmarks/bench_extraction.py).
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
-Modality = Literal["image", "text"]
-
 
 @dataclass(frozen=True)
-class PlannedColumn:
-    """A column that a run needs: what it is, whether or not it is there.
+class Target:
+    """One tar that a task writes.
 
     Attributes:
-        name: `<encoder>.<output>[.<view>]`.
-        modality: image or text.
-        encoder: the reference that opens it.
         output: which of the encoder's outputs.
-        view: of the image; "plain" for captions.
-        ingredients: of its identity.
-        folder: where it belongs.
+        folder: of the column.
+        known: for each row where it stands already, or None; empty: no row does.
     """
 
-    name: str
-    modality: Modality
-    encoder: str
     output: Output
-    view: View
-    ingredients: dict[str, Any]
     folder: Path
+    known: tuple[KnownRow | None, ...] = ()
 
-    @property
-    def id(self) -> str:
-        """The identity (sha256)."""
-        return identity(self.ingredients)
+    def known_at(self, row: int) -> KnownRow | None:
+        """Where a row stands already, or None."""
+        return self.known[row] if self.known else None
 
 
 @dataclass(frozen=True)
@@ -91,10 +70,10 @@ class ShardTask:
         view: of the images.
         number: of the shard.
         samples: its images, in order.
-        targets: (output name, ragged, column folder) to write.
+        digests: sha256 of each image's bytes, as it was indexed.
+        targets: what to write.
         batch: rows in a forward pass.
-        rows: rows that each target gets.
-        places: for each row those of an imported file that hold it; none for a network.
+        imported: where a file holds the rows; None: a network describes them.
     """
 
     modality: Modality
@@ -104,53 +83,30 @@ class ShardTask:
     view: View
     number: int
     samples: tuple[Sample, ...]
-    targets: tuple[tuple[str, bool, Path], ...]
+    digests: tuple[str, ...]
+    targets: tuple[Target, ...]
     batch: int
-    rows: int
-    places: tuple[tuple[int, ...], ...] = ()
+    imported: ImportedRows | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        """The tar key of each row."""
+        if self.modality == "image":
+            return [row_key(sample.image_id) for sample in self.samples]
+        return [row_key(s.image_id, number) for s in self.samples for number in range(len(s.captions))]
+
+    @property
+    def unknown(self) -> list[int]:
+        """The rows that some target has to be told."""
+        return [row for row in range(len(self.keys)) if any(target.known_at(row) is None for target in self.targets)]
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@dataclass(frozen=True)
+class Described:
+    """What an encoder said of some rows of a shard: values by output and row, and reasons where there are none."""
 
-
-@functools.lru_cache(maxsize=8)
-def image_encoder(reference: str, precision: Literal["bfloat16", "float32"]) -> ImageEncoder:
-    """An image encoder on this process's device, opened once."""
-    return open_image_encoder(reference, precision, _device())
-
-
-@functools.lru_cache(maxsize=8)
-def text_encoder(reference: str, precision: Literal["bfloat16", "float32"]) -> TextEncoder:
-    """A text encoder on this process's device, opened once."""
-    return open_text_encoder(reference, precision, _device())
-
-
-def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: int) -> dict[str, Array]:
-    """What an encoder says of prepared images: output name -> (N, *shape) float32."""
-    answers: dict[str, list[Array]] = {}
-    remaining = iter(prepared)
-    while images := list(itertools.islice(remaining, batch)):
-        for name, values in encoder.encode(torch.stack(images)).items():
-            answers.setdefault(name, []).append(values.numpy())
-    return {name: np.concatenate(values) for name, values in answers.items()}
-
-
-def describe_texts(encoder: TextEncoder, captions: Sequence[str], batch: int) -> dict[str, list[Array]]:
-    """What an encoder says of captions: output name -> one array a caption, float32 or int32.
-
-    Captions of equal length share a forward pass, so that padding costs nothing.
-    """
-    tokens = encoder.prepare(captions)
-    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
-    answers: dict[str, list[Array]] = {}
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        for name, values in encoder.encode([tokens[row] for row in rows]).items():
-            places = answers.setdefault(name, [np.empty(0)] * len(order))
-            for row, value in zip(rows, values, strict=True):
-                places[row] = value.numpy()
-    return answers
+    values: Mapping[str, Mapping[int, Array]]
+    failed: Mapping[int, str]
 
 
 def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
@@ -160,35 +116,63 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     keep their places.
 
     Raises:
-        CacheError: this machine opens another network under the same reference than the driver did.
-        featurize.datasets.sample.DataError: an imported file's values cannot be stored.
+        CacheError: this machine opens another network under the same reference than the driver did, or the disk is
+            full.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if task.modality == "image":
-        keys = [row_key(sample.image_id) for sample in task.samples]
-    else:
-        keys = [row_key(s.image_id, number) for s in task.samples for number in range(len(s.captions))]
-    answers: Mapping[str, Sequence[Array]]
-    if is_import(task.encoder):
-        features = open_import(task.encoder, task.modality, task.targets[0][2].parents[1])
-        _check_card(task, features.card)
-        answers, failed = features.read([name for name, _, _ in task.targets], task.places)
-    elif task.modality == "image":
-        answers, failed = _describe_image_samples(task)
-    else:
-        encoder = text_encoder(task.encoder, task.precision)
-        _check_card(task, encoder.card)
-        answers = describe_texts(encoder, [c for s in task.samples for c in s.captions], task.batch)
-        failed = {}
-    dtypes = {output.name: output.dtype for output in task.card.outputs}
-    records = {}
-    for name, ragged, folder in task.targets:
-        rows = (np.asarray(row, dtypes[name]) for row in answers[name])
-        file = write_shard(folder / f"{task.number:06d}.tar", keys, rows, ragged=ragged)
-        record = ShardRecord(file.rows, file.size, file.sha256, tuple(failed), tuple(failed.values()))
-        publish(folder / f"{task.number:06d}.json", json.dumps(asdict(record)).encode())
-        records[str(folder)] = record
-    return records
+    targets = tuple(replace(target, known=tuple(map(_if_sound, target.known))) for target in task.targets)
+    task = replace(task, targets=targets)
+    described = describe(task, task.unknown) if task.unknown else Described({}, {})
+    try:
+        return {str(target.folder): _write(task, target, described) for target in task.targets}
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CacheError(
+            f"{task.targets[0].folder}: no room for shard {task.number} ({error.strerror}); what is finished stays: "
+            "free some space (`python -m pipeline cache gc`) and run the same command again"
+        ) from error
+
+
+def describe(task: ShardTask, rows: Sequence[int]) -> Described:
+    """What a task's encoder says of some of its rows, on this process's device.
+
+    Raises:
+        CacheError: this machine opens another network under the same reference than the task names.
+        featurize.datasets.sample.DataError: an imported file holds values that cannot be stored.
+    """
+    if task.imported is not None:
+        return _read_imported(task, rows, task.imported)
+    return (_describe_images if task.modality == "image" else _describe_texts)(task, rows)
+
+
+def _if_sound(known: KnownRow | None) -> KnownRow | None:
+    return known if known is not None and is_sound(known.donor) else None
+
+
+def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord:
+    """Publish one target's shard, then its record; an older record goes first, so that it never lies."""
+    path = shard_path(target.folder, task.number)
+    failed: dict[int, str] = {}
+
+    def row_values(row: int) -> Array:
+        known = target.known_at(row)
+        if row in described.failed or (known and known.reason):
+            failed[row] = known.reason if known and known.reason else described.failed[row]
+            return _absent(target.output)
+        return read_row(known) if known else np.asarray(described.values[target.output.name][row], target.output.dtype)
+
+    path.with_suffix(".json").unlink(missing_ok=True)
+    keys = task.keys
+    file = write_shard(path, keys, map(row_values, range(len(keys))), ragged=target.output.ragged)
+    record = ShardRecord(file.rows, file.size, file.sha256, tuple(failed), tuple(failed.values()))
+    write_record(target.folder, task.number, record)
+    return record
+
+
+def _absent(output: Output) -> Array:
+    """What stands for a row that could not be described: nothing in a ragged column, NaN in a fixed one."""
+    return np.full((0, *output.shape) if output.ragged else output.shape, np.nan, output.dtype)
 
 
 def _check_card(task: ShardTask, card: Card) -> None:
@@ -199,201 +183,47 @@ def _check_card(task: ShardTask, card: Card) -> None:
         )
 
 
-def _describe_image_samples(task: ShardTask) -> tuple[dict[str, Sequence[Array]], dict[int, str]]:
+def _describe_texts(task: ShardTask, rows: Sequence[int]) -> Described:
+    encoder = text_encoder(task.encoder, task.precision)
+    _check_card(task, encoder.card)
+    captions = [caption for sample in task.samples for caption in sample.captions]
+    answers = describe_texts(encoder, [captions[row] for row in rows], task.batch)
+    return Described({name: dict(zip(rows, values, strict=True)) for name, values in answers.items()}, {})
+
+
+def _read_imported(task: ShardTask, rows: Sequence[int], imported: ImportedRows) -> Described:
+    features = open_import(task.encoder, task.modality, imported.cache)
+    _check_card(task, features.card)
+    outputs = [target.output for target in task.targets] or task.card.outputs
+    answers, failed = features.read([output.name for output in outputs], [imported.places[row] for row in rows])
+    values = {name: dict(zip(rows, found, strict=True)) for name, found in answers.items()}
+    return Described(values, {rows[place]: reason for place, reason in failed.items()})
+
+
+def _read_indexed(sample: Sample, digest: str) -> bytes:
+    data = sample.read()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise OSError(f"{sample.image} changed after it was indexed; run `featurize` again for another version")
+    return data
+
+
+def _describe_images(task: ShardTask, rows: Sequence[int]) -> Described:
     encoder = image_encoder(task.encoder, task.precision)
     _check_card(task, encoder.card)
     failed: dict[int, str] = {}
 
-    def prepare(numbered: tuple[int, Sample]) -> Tensor | None:
-        number, sample = numbered
+    def prepare(row: int) -> Tensor | None:
+        sample = task.samples[row]
         try:
-            picture: Image.Image = decode(sample.read())
+            picture: Image.Image = decode(_read_indexed(sample, task.digests[row]))
             return encoder.prepare(view(picture, task.view, sample.image_id))
         except (DecodeError, OSError) as error:
-            failed[number] = f"{type(error).__name__}: {error}"
+            failed[row] = f"{type(error).__name__}: {error}"
             return None
 
-    with ThreadPoolExecutor(1 if _device() == "cpu" else 8) as pool:
-        mapper: Callable[..., Iterable[Tensor | None]] = map if _device() == "cpu" else pool.map
-        prepared = mapper(prepare, enumerate(task.samples))
-        described = describe_images(encoder, (image for image in prepared if image is not None), task.batch)
-    answers: dict[str, Sequence[Array]] = {}
-    good = [number for number in range(len(task.samples)) if number not in failed]
-    for output in encoder.card.outputs:
-        rows = np.full((len(task.samples), *output.shape), np.nan, np.float32)
-        if good:
-            rows[good] = described[output.name]
-        answers[output.name] = list(rows)
-    return answers, dict(sorted(failed.items()))
-
-
-def _outputs(card: Card, reference: str, wanted: Sequence[str]) -> list[Output]:
-    """The outputs that a run wants of this encoder: named plainly, or as `<encoder>.<output>` for this one alone.
-
-    A plain name is for every encoder that has such an output: sentences come from a network, lemmas from a lexicon.
-    """
-    own = {output.name: output for output in card.outputs}
-    chosen = []
-    for name in wanted:
-        encoder, _, output = name.rpartition(".")
-        if encoder and encoder != card.name:
-            continue
-        if output in own:
-            chosen.append(own[output])
-        elif encoder:
-            raise CacheError(f"encoder {reference!r} has no output {output!r}; it has {', '.join(own)}")
-    return list(dict.fromkeys(chosen))
-
-
-def _card(dataset: Dataset, config: FeaturizeConfig, modality: Modality, reference: str) -> Card:
-    """What a reference opens: a network, or features that others have extracted."""
-    if is_import(reference):
-        return open_import(reference, modality, dataset.folder.parent).card
-    return (image_encoder if modality == "image" else text_encoder)(reference, config.precision).card
-
-
-def plan(
-    dataset: Dataset, config: FeaturizeConfig, image_outputs: Sequence[str], text_outputs: Sequence[str]
-) -> list[PlannedColumn]:
-    """The columns that a run needs, with their identities (opens every encoder on this machine).
-
-    Raises:
-        CacheError: an encoder lacks an output that is wanted, or no encoder has it.
-        EncoderError: imported features cannot stand beside the others.
-    """
-    check_imports(config.images, config.texts, config.views)
-    planned: list[PlannedColumn] = []
-    encoders: list[tuple[Modality, str, Card, tuple[View, ...], Sequence[str]]] = [
-        *(("image", ref, _card(dataset, config, "image", ref), config.views, image_outputs) for ref in config.images),
-        *(("text", ref, _card(dataset, config, "text", ref), ("plain",), text_outputs) for ref in config.texts),
-    ]
-    for modality, reference, card, views, wanted in encoders:
-        safe = re.sub(r"[^A-Za-z0-9_-]", "-", card.name)
-        for output, which in itertools.product(_outputs(card, reference, wanted), views):
-            name = f"{safe}.{output.name}" + ("" if which == "plain" else f".{which}")
-            ingredients = {
-                "format": FORMAT_VERSION,
-                "dataset": dataset.id,
-                "encoder": card.name,
-                "weights": card.weights,
-                "preprocessing": card.preprocessing,
-                "output": output.name,
-                "view": which,
-                "dtype": output.dtype,
-            }
-            folder = column_folder(dataset, name, identity(ingredients))
-            planned.append(PlannedColumn(name, modality, reference, output, which, ingredients, folder))
-    for wanted, modality in ((image_outputs, "image"), (text_outputs, "text")):
-        for name in wanted:
-            encoder, _, output_name = name.rpartition(".")
-            found = (c for c in planned if c.modality == modality and c.output.name == output_name)
-            if not any(not encoder or c.ingredients["encoder"] == encoder for c in found):
-                given = ", ".join(
-                    f"{card.name} ({', '.join(output.name for output in card.outputs)})"
-                    for kind, _, card, _, _ in encoders
-                    if kind == modality
-                )
-                raise CacheError(f"no {modality} encoder gives {name!r}; the run has {given}")
-    return planned
-
-
-def _finished(column: PlannedColumn, number: int, rows: int) -> ShardRecord | None:
-    """The record of a shard that an earlier job finished; one of other boundaries does not count."""
-    record = read_record(column.folder / f"{number:06d}.json")
-    return record if record is not None and record.rows == rows else None
-
-
-def _shard_tasks(dataset: Dataset, config: FeaturizeConfig, missing: Sequence[PlannedColumn]) -> Iterator[ShardTask]:
-    def group(column: PlannedColumn) -> tuple[str, str, str]:
-        return column.modality, column.encoder, column.view
-
-    for _, columns in itertools.groupby(sorted(missing, key=group), key=group):
-        together = list(columns)
-        first = together[0]
-        card = _card(dataset, config, first.modality, first.encoder)
-        places = _places(dataset, first.modality, first.encoder) if is_import(first.encoder) else []
-        row = 0
-        for number, start in enumerate(range(0, len(dataset.samples), config.rows_per_shard)):
-            samples = dataset.samples[start : start + config.rows_per_shard]
-            rows = len(samples) if first.modality == "image" else sum(len(s.captions) for s in samples)
-            row += rows
-            targets = tuple(
-                (column.output.name, column.output.ragged, column.folder)
-                for column in together
-                if _finished(column, number, rows) is None
-            )
-            if targets:
-                yield ShardTask(
-                    first.modality,
-                    first.encoder,
-                    card,
-                    config.precision,
-                    first.view,
-                    number,
-                    samples,
-                    targets,
-                    config.image_batch if first.modality == "image" else config.text_batch,
-                    rows,
-                    tuple(places[row - rows : row]),
-                )
-
-
-def _places(dataset: Dataset, modality: Modality, reference: str) -> list[tuple[int, ...]]:
-    """For each row of the data set those of an imported file that hold it."""
-    incomplete = frozenset(problem.image_id for problem in dataset.quarantine)
-    return open_import(reference, modality, dataset.folder.parent).places(dataset.samples, incomplete)
-
-
-def featurize(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
-    """Extract whatever of the planned columns is not in the cache yet, one Ray task a shard; Ray is initialised.
-
-    Finished columns and finished shards of unfinished ones are left as they are. Prints one line on what was found
-    and shows one progress bar, in rows.
-
-    Raises:
-        CacheError: too many images could not be decoded; what was extracted stays.
-    """
-    import ray
-
-    manifests = {column.name: read_manifest(column.folder) for column in columns}
-    missing = [column for column in columns if manifests[column.name] is None]
-    for column in missing:
-        column.folder.mkdir(parents=True, exist_ok=True)
-    tasks = list(_shard_tasks(dataset, config, missing))
-    total = sum(task.rows for task in tasks)
-    print(
-        f"cache {dataset.folder}: {len(columns) - len(missing)} columns found, {total} rows to extract",
-        flush=True,
-    )
-    if tasks:
-        remote = ray.remote(extract_shard).options(
-            num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, runtime_env={"env_vars": WORKER_ENV}
-        )
-        running = {remote.remote(task): task for task in tasks}
-        with tqdm(total=total, unit="rows", desc="extract", smoothing=0.05) as bar:
-            while running:
-                done, _ = ray.wait(list(running), num_returns=1)
-                for reference in done:
-                    ray.get(reference)
-                    bar.update(running.pop(reference).rows)
-    for column in missing:
-        count = -(-len(dataset.samples) // config.rows_per_shard)
-        records = [read_record(column.folder / f"{number:06d}.json") for number in range(count)]
-        manifest = make_manifest(
-            column.name,
-            column.modality,
-            column.ingredients,
-            {"dtype": column.output.dtype, "shape": column.output.shape, "ragged": column.output.ragged},
-            [record for record in records if record is not None],
-        )
-        if len(manifest.shards) != count:
-            raise CacheError(f"{column.folder}: {count - len(manifest.shards)} of {count} shards vanished; run again")
-        manifest.write(column.folder)
-        manifests[column.name] = manifest
-    finished = [manifest for manifest in manifests.values() if manifest is not None]
-    undecoded = write_quarantine(dataset, finished)
-    lost = len(undecoded) + len({problem.image_id for problem in dataset.quarantine})
-    if lost:
-        print(f"{lost} images or captions quarantined: {dataset.folder / 'quarantine.jsonl'}", flush=True)
-    check_quarantine(undecoded, len(undecoded), len(dataset.samples), config.max_quarantined)
-    return finished
+    with ThreadPoolExecutor(1 if device() == "cpu" else 8) as pool:
+        mapper: Callable[..., Iterable[Tensor | None]] = map if device() == "cpu" else pool.map
+        prepared = mapper(prepare, rows)
+        answers = describe_images(encoder, (image for image in prepared if image is not None), task.batch)
+    good = [row for row in rows if row not in failed]
+    return Described({name: dict(zip(good, values, strict=True)) for name, values in answers.items()}, failed)

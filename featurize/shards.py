@@ -25,7 +25,8 @@ import os
 import re
 import tarfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -70,15 +71,26 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the name `path` once it is whole and on the disk; what fails leaves nothing behind."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
 def publish(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all: temporary name, fsync, rename."""
-    temporary = temporary_name(path)
-    with temporary.open("wb") as file:
+    with _replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_folder(path.parent)
 
 
 class _HashingFile:
@@ -119,11 +131,10 @@ def write_shard(path: Path, keys: Sequence[str], rows: Iterable[Array], *, ragge
     Raises:
         ShardError: rows of different shape or dtype, or not as many rows as keys.
     """
-    temporary = temporary_name(path)
     index = np.zeros((len(keys), 2), np.int64)
     first: Array | None = None
     count = 0
-    with temporary.open("wb") as raw:
+    with _replacing(path) as raw:
         file = _HashingFile(raw)
         with tarfile.open(fileobj=cast("Any", file), mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, row in zip(keys, rows, strict=True):
@@ -142,14 +153,10 @@ def write_shard(path: Path, keys: Sequence[str], rows: Iterable[Array], *, ragge
                 buffer.seek(0)
                 tar.addfile(info, buffer)
                 count += 1
-        raw.flush()
-        os.fsync(raw.fileno())
-    if ragged:
-        buffer = io.BytesIO()
-        np.save(buffer, index)
-        publish(path.with_suffix(".idx.npy"), buffer.getvalue())
-    temporary.replace(path)
-    fsync_folder(path.parent)
+        if ragged:
+            buffer = io.BytesIO()
+            np.save(buffer, index)
+            publish(path.with_suffix(".idx.npy"), buffer.getvalue())
     return ShardFile(count, file.length, file.sha256.hexdigest())
 
 
@@ -214,9 +221,11 @@ class Shard:
         header = 128 + _BLOCK  # the npy header of (L, D) is 128 bytes for every L below 10**9
         return _key_at(self._data, int(self.index[row, 0]) - header)
 
-    def ragged_row(self, row: int) -> Array:
-        """Row of a ragged column, (L, D), a view of the mapped file."""
-        assert self.index is not None
+    def row(self, row: int) -> Array:
+        """One row, (*shape) or ragged (L, *shape), a view of the mapped file."""
+        if self.index is None:
+            values: Array = self.array[row]
+            return values
         begin, length = (int(value) for value in self.index[row])
         width = int(np.prod(self.shape))
         first = begin // self.dtype.itemsize
@@ -256,6 +265,11 @@ class Column:
         for shard, places in zip(owners, np.split(order, firsts[1:]), strict=True):
             yield self.shards[shard], rows[places] - self.starts[shard], places
 
+    def row(self, row: int) -> Array:
+        """One row, (*shape) or ragged (L, *shape)."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.shards[shard].row(row - int(self.starts[shard]))
+
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""
         out = np.empty((len(rows), *self.shape), self.dtype)
@@ -267,7 +281,7 @@ class Column:
         """Rows of a ragged column, zero-padded: (N,) int64 -> (N, K, *shape), mask (N, K), K = longest, at least 1."""
         parts: list[tuple[Array, int]] = []
         for shard, inside, places in self._split(rows):
-            parts.extend((shard.ragged_row(int(row)), int(place)) for row, place in zip(inside, places, strict=True))
+            parts.extend((shard.row(int(row)), int(place)) for row, place in zip(inside, places, strict=True))
         longest = max([1, *(len(part) for part, _ in parts)])
         out = np.zeros((len(rows), longest, *self.shape), self.dtype)
         mask = np.zeros((len(rows), longest), np.bool_)

@@ -18,6 +18,7 @@ from evaluate.config import EvaluateConfig
 from pipeline.config import (
     CONFIG_FILE,
     ConfigError,
+    RayConfig,
     RunConfig,
     did_you_mean,
     dump_yaml,
@@ -70,10 +71,15 @@ and put the token into RAY_AUTH_TOKEN or ~/.ray/auth_token.
 MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are passed on; passwords and tokens are not.
 """
 
+CACHE_HELP = """
+
+A data set that changes becomes another version beside the first; what both share is neither described nor stored
+twice, and a run keeps to the version that it began with."""
+
 USER_ERRORS = {
     "evaluate.index": "IndexFileError",
     "evaluate.ranks": "EvaluationError",
-    "featurize.cache": "CacheError",
+    "featurize.manifest": "CacheError",
     "featurize.datasets.sample": "DataError",
     "featurize.encoder": "EncoderError",
     "featurize.images.decode": "DecodeError",
@@ -194,14 +200,7 @@ def build_parser() -> _Parser:
     join.add_argument("--runs", default=RunConfig.runs, metavar="DIR", help="the folder of runs; default %(default)s")
     join.set_defaults(command=_join)
 
-    cache = add("cache", "ls|verify [CACHE]", "list the feature cache, or check it against its manifests")
-    cache.add_argument(
-        "action",
-        choices=("ls", "verify"),
-        help="ls: what is there; verify: compare it with the manifests, exit code 1 if anything differs",
-    )
-    cache.add_argument("cache", nargs="?", default=RunConfig.cache, help="the cache; default %(default)s")
-    cache.set_defaults(command=_cache)
+    _add_cache(add("cache", "ls|verify|explain|repair|gc ...", "look after the feature cache", CACHE_HELP))
 
     submit = add(
         "submit",
@@ -215,6 +214,44 @@ def build_parser() -> _Parser:
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's log")
     submit.set_defaults(command=_submit)
     return parser
+
+
+def _add_cache(cache: _Parser) -> None:
+    """The `cache` commands."""
+    actions = cache.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=_Parser)
+
+    def add(name: str, summary: str, *, whole: bool = True) -> _Parser:
+        prog = f"{PROGRAM} cache {name}"
+        text = f"{summary[0].upper()}{summary[1:]}."
+        added: _Parser = actions.add_parser(
+            name, help=summary, prog=prog, description=text, formatter_class=_layout, allow_abbrev=False
+        )
+        if whole:
+            added.add_argument("cache", nargs="?", default=RunConfig.cache, help="the cache; default %(default)s")
+        return added
+
+    ls = add("ls", "list data sets and columns: rows, shape, bytes, and the run that read them last")
+    ls.set_defaults(command=_cache_ls)
+    verify = add("verify", "read everything and compare it with the manifests; exit code 1 if anything is wrong")
+    verify.add_argument(
+        "--reextract",
+        type=_count,
+        default=0,
+        metavar="K",
+        help="also describe K images of each column, or their captions, again and say how far the result is",
+    )
+    verify.set_defaults(command=_cache_verify)
+    explain = add("explain", "say in what two columns, or two data sets, differ", whole=False)
+    explain.add_argument("one", metavar="A", help="folder of a column or of a data set in a cache")
+    explain.add_argument("other", metavar="B", help="folder of another one")
+    explain.set_defaults(command=_cache_explain)
+    repair = add("repair", "verify, and make broken shards again; exit code 1 if anything is left")
+    repair.add_argument("--address", default="", help="of a running Ray cluster; without it Ray is started here")
+    repair.set_defaults(command=_cache_repair)
+    gc = add("gc", "list what no run reads; with --delete free it")
+    gc.add_argument("--days", type=float, default=7, metavar="N", help="spare what is younger; default %(default)s")
+    gc.add_argument("--delete", action="store_true", help="free what is listed")
+    gc.set_defaults(command=_cache_gc)
 
 
 def _layout(prog: str) -> argparse.RawDescriptionHelpFormatter:
@@ -380,13 +417,37 @@ def _join(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cache(args: argparse.Namespace) -> int:
-    from pipeline import stages
+def _cache_ls(args: argparse.Namespace) -> int:
+    from pipeline import upkeep
 
-    if args.action == "ls":
-        stages.cache_ls(args.cache)
-        return 0
-    return 1 if stages.cache_verify(args.cache) else 0
+    upkeep.ls(args.cache)
+    return 0
+
+
+def _cache_verify(args: argparse.Namespace) -> int:
+    from pipeline import upkeep
+
+    return 1 if upkeep.check(args.cache, args.reextract) else 0
+
+
+def _cache_explain(args: argparse.Namespace) -> int:
+    from pipeline import upkeep
+
+    upkeep.explain(args.one, args.other)
+    return 0
+
+
+def _cache_repair(args: argparse.Namespace) -> int:
+    from pipeline import upkeep
+
+    return 1 if upkeep.repair(args.cache, RayConfig(address=args.address)) else 0
+
+
+def _cache_gc(args: argparse.Namespace) -> int:
+    from pipeline import upkeep
+
+    upkeep.gc(args.cache, args.days, delete=args.delete)
+    return 0
 
 
 def _submit(args: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from evaluate.metrics import Report
 from evaluate.report import Answer, Curve, run_page, search_page
 from evaluate.report import Hit as Shown
 from evaluate.search import Hit
-from featurize.cache import Dataset
 from featurize.datasets.sample import Sample
+from featurize.index import Dataset
 from pipeline.config import RunConfig, to_dict
 from pipeline.tracking import METRICS_FILE
 from train.batches import FeatureReader

@@ -19,12 +19,15 @@ from evaluate.embed import EmbeddedSplit
 from evaluate.metrics import CollapseWarning, Report
 from evaluate.search import CORRECTION_FILE, Hit, Searcher, build_index
 from evaluate.tune import tune_share
-from featurize import cache as feature_cache
-from featurize.cache import CacheError, Dataset, open_dataset
+from featurize import index as feature_index
+from featurize.columns import column_folder, open_column
 from featurize.datasets.load import load, protocol_of
-from featurize.extract import PlannedColumn, plan
-from featurize.extract import featurize as extract
+from featurize.fill import fill
+from featurize.index import Dataset, open_dataset
+from featurize.manifest import CacheError, read_manifest
+from featurize.plan import PlannedColumn, plan
 from featurize.shards import publish
+from featurize.upkeep import note_use
 from pipeline import pages, tracking
 from pipeline.config import CONFIG_FILE, ConfigError, RunConfig, dump_yaml, load_yaml, merge, run_name
 from pipeline.measuring import Measured, Validation, comparison, fit_codes, fit_correction, keep_hits, measure
@@ -45,7 +48,7 @@ def _index(config: RunConfig) -> Dataset:
     """Read the source, check it and hash it."""
     print(f"data set {config.data.dataset}: reading and hashing images", flush=True)
     samples = load(config.data, Path(config.cache).absolute() / "scenes")
-    dataset = feature_cache.index(
+    dataset = feature_index.index(
         samples,
         config.data.dataset,
         Path(config.cache).absolute(),
@@ -68,17 +71,43 @@ def featurize(config: RunConfig) -> tuple[Dataset, list[PlannedColumn]]:
     dataset = _index(config)
     columns = _plan(config, dataset)
     with ray_session(config.ray):
-        extract(dataset, config.featurize, columns)
+        fill(dataset, config.featurize, columns)
     return dataset, columns
 
 
-def _new_run(config: RunConfig) -> Path:
+CACHE_FILE = "cache.json"
+"""In a run's folder: the version of the data and the columns that it reads, whatever its source holds later."""
+
+
+def _new_run(config: RunConfig, dataset: Dataset, columns: Mapping[str, str]) -> Path:
+    """A run's folder, pinned to identities of the cache; its settings, by which it is known, are written last."""
     folder = Path(config.runs).absolute() / run_name(config, datetime.now(UTC))
     if (folder / CONFIG_FILE).exists():
         raise CacheError(f"{folder} exists; give another --name, or continue it with `train --resume {folder}`")
     folder.mkdir(parents=True, exist_ok=True)
+    pin = {"dataset": str(dataset.folder), "id": dataset.id, "columns": dict(columns)}
+    publish(folder / CACHE_FILE, json.dumps(pin, indent=1).encode())
     publish(folder / CONFIG_FILE, dump_yaml(config).encode())
+    note_use(dataset, folder, columns.items())
     return folder
+
+
+def _pinned(folder: Path) -> tuple[Dataset, list[PlannedColumn]]:
+    """The data and the columns that a run began with."""
+    pin = json.loads((folder / CACHE_FILE).read_text("utf-8"))
+    dataset = open_dataset(Path(pin["dataset"]))
+    if dataset.id != pin["id"]:
+        raise CacheError(f"{dataset.folder}: holds the data set {dataset.id}, {folder.name} began with {pin['id']}")
+    columns = []
+    for name, column_id in pin["columns"].items():
+        manifest = read_manifest(open_column(dataset, name, column_id).folder)
+        assert manifest is not None, "an opened column has one"
+        columns.append(PlannedColumn.of(column_folder(dataset, name, column_id), manifest))
+    return dataset, columns
+
+
+def _identities(columns: Sequence[PlannedColumn]) -> dict[str, str]:
+    return {column.name: column.id for column in columns}
 
 
 def _protocol(config: RunConfig, asked: str | None = None) -> str:
@@ -90,7 +119,7 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
     """Fit heads in a run folder, measure them, index them and write the report; MLflow sees it all."""
     inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
-    with _tracked(config, folder, dataset, {column.name: column.id for column in columns}) as tracker:
+    with _tracked(config, folder, dataset, _identities(columns)) as tracker:
         work = Work(config.train, inputs, config.data.train, validation, tracker.log)
         untrained = _measure_untrained(work, validation)
         print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
@@ -249,7 +278,7 @@ def run(config: RunConfig) -> Path:
     """The whole road; returns the run's folder."""
     with ray_session(config.ray):
         dataset, columns = featurize(config)
-        folder = _new_run(config)
+        folder = _new_run(config, dataset, _identities(columns))
         _train(config, folder, dataset, columns)
     return folder
 
@@ -263,8 +292,8 @@ def train(config: RunConfig) -> Path:
     dataset = _index(config)
     columns = _plan(config, dataset)
     for column in columns:
-        feature_cache.open_column(dataset, column.name, column.id)
-    folder = _new_run(config)
+        open_column(dataset, column.name, column.id)
+    folder = _new_run(config, dataset, _identities(columns))
     _train_with_ray_if_needed(config, folder, dataset, columns)
     return folder
 
@@ -278,12 +307,15 @@ def _train_with_ray_if_needed(config: RunConfig, folder: Path, dataset: Dataset,
 
 
 def resume(folder: Path) -> Path:
-    """Continue an interrupted run in its folder, from its last checkpoint and in its MLflow run."""
+    """Continue an interrupted run on the data it began with, from its last checkpoint, in its folder and MLflow run.
+
+    Raises:
+        CacheError: the version of the data that it began with is not in the cache any more.
+    """
     config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     if config.method == ENSEMBLE:
         raise ConfigError(f"{folder} joins other runs and has nothing to train; resume those, or join them again")
-    dataset = _index(config)
-    _train_with_ray_if_needed(config, folder, dataset, _plan(config, dataset))
+    _train_with_ray_if_needed(config, folder, *_pinned(folder))
     return folder
 
 
@@ -313,8 +345,9 @@ def join(folders: list[Path], name: str) -> Path:
         train=replace(first.train, objective=objective),
     )
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
-    folder = _new_run(config)
-    with _tracked(config, folder, validation.reader.dataset, {ref.name: ref.id for ref in inputs.columns()}) as tracker:
+    identities = {ref.name: ref.id for ref in inputs.columns()}
+    folder = _new_run(config, validation.reader.dataset, identities)
+    with _tracked(config, folder, validation.reader.dataset, identities) as tracker:
         save_ensemble(folder / "model", members)
         took = [json.loads((member / "training.json").read_text("utf-8")) for member in folders]
         sums = {key: sum(one[key] for one in took) for key in ("seconds", "steps")}
@@ -361,37 +394,3 @@ def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corre
 
 def _is_picture(text: str) -> bool:
     return Path(text).suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
-def cache_ls(cache: str) -> None:
-    """Print every data set and column of a cache: rows, bytes, identity."""
-    folders = _dataset_folders(cache)
-    for folder in folders:
-        dataset = open_dataset(folder)
-        print(f"{folder.name}  {len(dataset.samples)} images, {len(dataset.captions)} captions")
-        for path, manifest in feature_cache.list_columns(folder):
-            if manifest is None:
-                print(f"  {path.name:<48} unfinished")
-                continue
-            shape = "x".join(["L", *map(str, manifest.shape)] if manifest.ragged else map(str, manifest.shape))
-            print(
-                f"  {path.name:<48} {manifest.rows:>9,} rows  {shape:>10} {manifest.dtype}  "
-                f"{manifest.size / 2**20:>9,.1f} MiB"
-            )
-
-
-def cache_verify(cache: str) -> int:
-    """Read everything, print what is wrong, and return how many things are."""
-    problems = [problem for folder in _dataset_folders(cache) for problem in feature_cache.verify(folder)]
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problems" if problems else "every shard is as its manifest says")
-    return len(problems)
-
-
-def _dataset_folders(cache: str) -> list[Path]:
-    root = Path(cache)
-    folders = sorted(path.parent for path in root.glob("*@*/samples.parquet"))
-    if not folders:
-        raise CacheError(f"{root.absolute()}: no data sets here; `python -m pipeline featurize` makes some")
-    return folders

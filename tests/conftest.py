@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from featurize.cache import Dataset, ShardRecord, column_folder, identity, index, make_manifest, open_dataset
+from featurize.columns import column_folder
 from featurize.datasets.sample import Sample
 from featurize.encoder import Output
-from featurize.extract import PlannedColumn
+from featurize.index import Dataset, index, open_dataset
+from featurize.manifest import ShardRecord, identity
+from featurize.plan import PlannedColumn
 from featurize.shards import row_key, write_shard
 from featurize.texts.lexicon import LexiconEncoder
 from train.batches import Inputs
@@ -116,9 +118,9 @@ def tiny_cache(tmp_path_factory):
                 part = rows[counts[:first].sum() : counts[: first + 32].sum()]
             file = write_shard(target / f"{shard:06d}.tar", keys, part, ragged=output.ragged)
             records.append(ShardRecord(file.rows, file.size, file.sha256))
-        described = {"dtype": output.dtype, "shape": output.shape, "ragged": output.ragged}
-        make_manifest(name, modality, ingredients, described, records).write(target)
-        columns.append(PlannedColumn(name, modality, encoder, output, view, ingredients, target))
+        column = PlannedColumn(name, modality, encoder, output, view, ingredients, target)
+        column.manifest(32, records).write(target)
+        columns.append(column)
     return TinyCache(open_dataset(dataset.folder), columns)
 
 

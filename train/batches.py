@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featurize.cache import Dataset, open_column, open_dataset, read_manifest
+from featurize.columns import open_column
 from featurize.config import View
-from featurize.extract import PlannedColumn
+from featurize.index import Dataset, open_dataset
+from featurize.manifest import read_manifest
+from featurize.plan import PlannedColumn
 from featurize.shards import Array, Column
 from featurize.texts.lexicon import language_of, stop_ids
 from train.config import ObjectiveConfig, SettingsError, TrainConfig

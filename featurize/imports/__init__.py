@@ -29,9 +29,11 @@ from featurize.imports.arrays import open_npy, open_npy_folder, open_safetensors
 from featurize.imports.hdf5 import open_h5
 from featurize.imports.ids import file_beside
 from featurize.imports.parquet import open_parquet
-from featurize.imports.reader import FeatureFile
+from featurize.imports.reader import FeatureFile, ImportedRows
 from featurize.imports.remembered import FileStamp, Memory
 from featurize.imports.source import Modality, Source, joined
+
+__all__ = ["FeatureFile", "ImportedRows", "check_imports", "is_import", "open_import"]
 
 PREFIX = "import:"
 _READER = 1  # rises when the same file would be read as other values

@@ -12,6 +12,24 @@ from featurize.imports.matching import Place, locate
 from featurize.imports.source import ById, Modality, Source
 from featurize.shards import Array
 
+
+@dataclass(frozen=True)
+class ImportedRows:
+    """Where a file holds some rows of the data set.
+
+    Attributes:
+        cache: folder of all data sets, which remembers what is known of the file.
+        places: for each row.
+    """
+
+    cache: Path
+    places: tuple[Place, ...]
+
+    def part(self, rows: Sequence[int]) -> "ImportedRows":
+        """Some of these rows."""
+        return ImportedRows(self.cache, tuple(self.places[row] for row in rows))
+
+
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -70,6 +88,10 @@ class FeatureFile:
                     )
                 found[place] = stored
                 if np.isnan(stored).any():
+                    if self.modality == "text":
+                        raise DataError(
+                            f"{self.path}: {self._row(row)} holds NaN in {name!r}, and every caption must have values"
+                        )
                     failed[place] = f"{self._row(row)} of {self.path.name} holds NaN"
             absent = _absent(feature.output)
             answers[name] = [found.get(place, absent) for place in range(len(places))]

@@ -1,29 +1,25 @@
 """Extraction with the real packaged networks: one task a shard, nothing twice, nothing lost."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset
 
-from featurize.cache import CacheError, index, open_column, read_manifest, verify
+from featurize.columns import open_column
 from featurize.config import FeaturizeConfig, ScenesConfig
 from featurize.datasets.sample import Sample
 from featurize.datasets.scenes import read_scenes
+from featurize.describe import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.encoder import Card
-from featurize.extract import (
-    _shard_tasks,
-    describe_images,
-    describe_texts,
-    extract_shard,
-    featurize,
-    image_encoder,
-    plan,
-    text_encoder,
-)
+from featurize.extract import extract_shard
+from featurize.fill import fill, tasks_for
 from featurize.images.decode import decode
+from featurize.index import index
+from featurize.manifest import CacheError, read_manifest
+from featurize.plan import plan
 from featurize.shards import row_key
+from featurize.verify import verify
 
 CONFIG = FeaturizeConfig(rows_per_shard=4, precision="float32", views=("plain", "flip"), max_quarantined=0.5)
 
@@ -44,7 +40,7 @@ def extracted(pictures, tmp_path_factory, ray_local):
     samples = [*pictures[:5], replace(pictures[5], image=str(cut)), *pictures[6:]]
     dataset = index(samples, "scenes", folder, max_quarantined=0.5)
     columns = plan(dataset, CONFIG, ("pooled", "grid"), ("sentence", "tokens"))
-    featurize(dataset, CONFIG, columns)
+    fill(dataset, CONFIG, columns)
     return dataset, {column.name: column for column in columns}
 
 
@@ -119,7 +115,7 @@ def test_plain_webdataset_reads_every_shard(extracted, pictures):
 
 def test_a_second_time_nothing_is_extracted(extracted, capsys):
     dataset, columns = extracted
-    featurize(dataset, CONFIG, list(columns.values()))
+    fill(dataset, CONFIG, list(columns.values()))
     assert "6 columns found, 0 rows to extract" in capsys.readouterr().out
 
 
@@ -127,36 +123,43 @@ def test_finished_shards_of_an_unfinished_column_stay(extracted):
     dataset, columns = extracted
     before = {}
     for column in columns.values():
-        manifest = read_manifest(column.folder)
-        (column.folder / "manifest.json").unlink()
-        for number, record in enumerate(manifest.shards):
-            if number != 1:
-                (column.folder / f"{number:06d}.json").write_text(json.dumps(asdict(record)))
-        before[column.name] = manifest
-    tasks = list(_shard_tasks(dataset, CONFIG, list(columns.values())))
-    assert [(task.modality, task.view, task.number) for task in tasks] == [
-        ("image", "flip", 1),
-        ("image", "plain", 1),
-        ("text", "plain", 1),
+        before[column.name] = read_manifest(column.folder)
+        before[column.name].reopen(column.folder, sound=(0, 2))
+    tasks, known = tasks_for(dataset, CONFIG, list(columns.values()))
+    assert [(task.modality, task.view, task.number, len(task.targets)) for task in tasks] == [
+        ("image", "plain", 1, 2),
+        ("image", "flip", 1, 2),
+        ("text", "plain", 1, 2),
     ]
-    featurize(dataset, CONFIG, list(columns.values()))
+    assert known == 0
+    fill(dataset, CONFIG, list(columns.values()))
     for column in columns.values():
         after = read_manifest(column.folder)
-        assert [shard.sha256 for shard in after.shards] == [shard.sha256 for shard in before[column.name].shards]
-        assert not list(column.folder.glob("0*.json"))
-    assert read_manifest(columns["efficientnet-lite0.pooled"].folder).missing.tolist() == [5]
+        assert after == before[column.name]
+        assert not [*column.folder.glob("0*.json"), *column.folder.glob("column.json")]
 
 
-def test_shards_of_other_boundaries_do_not_count(pictures, tmp_path):
+def test_a_column_keeps_the_boundaries_that_it_was_begun_with(pictures, tmp_path):
     dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
     columns = plan(dataset, CONFIG, ("pooled",), ())
-    for column in columns:
-        column.folder.mkdir()
-    first = next(iter(_shard_tasks(dataset, CONFIG, columns)))
+    first, *others = tasks_for(dataset, CONFIG, columns)[0]
+    assert len(others) == 5
     extract_shard(first)
-    other = replace(CONFIG, rows_per_shard=5)
-    assert len(list(_shard_tasks(dataset, CONFIG, columns))) == 5
-    assert len(list(_shard_tasks(dataset, other, columns))) == 4
+    again, _ = tasks_for(dataset, replace(CONFIG, rows_per_shard=5), columns)
+    assert again == others
+
+
+def test_an_image_that_changed_after_it_was_indexed_is_quarantined(pictures, tmp_path):
+    changed = tmp_path / "changed.jpg"
+    changed.write_bytes(pictures[1].read())
+    dataset = index([pictures[0], replace(pictures[1], image=str(changed))], "scenes", tmp_path, max_quarantined=0)
+    changed.write_bytes(pictures[2].read())
+    (task,), _ = tasks_for(dataset, replace(CONFIG, views=("plain",)), plan(dataset, CONFIG, ("pooled",), ())[:1])
+    (record,) = extract_shard(task).values()
+    assert record.quarantined == (1,)
+    assert record.reasons == (
+        f"OSError: {changed} changed after it was indexed; run `featurize` again for another version",
+    )
 
 
 def test_too_many_broken_images_end_the_job(pictures, tmp_path, ray_local):
@@ -167,14 +170,14 @@ def test_too_many_broken_images_end_the_job(pictures, tmp_path, ray_local):
     config = replace(CONFIG, max_quarantined=0.1)
     columns = plan(dataset, config, ("pooled",), ())
     with pytest.raises(CacheError, match="1 of 4 images cannot be used"):
-        featurize(dataset, config, columns)
+        fill(dataset, config, columns)
     assert all(read_manifest(column.folder) for column in columns)
 
 
 def test_another_network_under_the_same_name_is_refused(pictures, tmp_path):
     dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
     columns = plan(dataset, CONFIG, ("pooled",), ())
-    task = next(iter(_shard_tasks(dataset, CONFIG, columns)))
+    task = tasks_for(dataset, CONFIG, columns)[0][0]
     with pytest.raises(CacheError, match="every machine must hold the same weights"):
         extract_shard(replace(task, card=Card("other", "0", {}, ())))
 
@@ -217,7 +220,7 @@ def test_each_encoder_gives_what_it_has_and_words_are_whole_numbers(pictures, tm
     columns = plan(dataset, config, (), ("sentence", "lemmas"))
     assert [column.name for column in columns] == ["minilm.sentence", "lexicon-en.lemmas"]
     assert [column.ingredients["dtype"] for column in columns] == ["float16", "int32"]
-    featurize(dataset, config, columns)
+    fill(dataset, config, columns)
     lemmas = open_column(dataset, "lexicon-en.lemmas", columns[1].id)
     assert (lemmas.dtype, lemmas.shape, lemmas.rows) == (np.int32, (), len(dataset.captions))
     assert read_manifest(columns[1].folder).dtype == "int32"

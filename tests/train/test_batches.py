@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from featurize.cache import CacheError
+from featurize.manifest import CacheError
 from featurize.texts.lexicon import lemma_id
 from train.batches import FeatureReader, compares_captions, reads_labels, wanted_outputs
 from train.config import (

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from featurize.describe import describe_texts
 from featurize.encoder import EncoderError
-from featurize.extract import describe_texts
 from featurize.texts import open_text_encoder
 from featurize.texts.lexicon import LIMIT, LexiconEncoder, language_of, lemma_id, stop_ids
 

@@ -1,0 +1,256 @@
+"""Filling the cache: which shards are missing, who makes them, and what is said when it is done.
+
+One Ray task makes one shard (`featurize.extract`). A job may die at any point: what is finished stays, and the same
+command goes on.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from featurize.columns import column_folders
+from featurize.config import FeaturizeConfig
+from featurize.encoder import first_line
+from featurize.extract import WORKER_ENV, ShardTask, Target, extract_shard
+from featurize.imports import ImportedRows, is_import
+from featurize.index import Dataset
+from featurize.manifest import (
+    CacheError,
+    Manifest,
+    read_begun,
+    read_manifest,
+    read_record,
+    shard_path,
+    write_record,
+)
+from featurize.plan import PlannedColumn, encoder_card, imported_rows
+from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
+from featurize.sharing import Donor, KnownRow, known_rows, link, rows_of
+
+LOCK = ".lock"
+"""In a column's folder: held by the job that makes it."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard that is to be made, of one column."""
+
+    column: PlannedColumn
+    number: int
+    images: slice
+    known: tuple[KnownRow | None, ...]
+
+    @property
+    def together(self) -> tuple[object, ...]:
+        """Shards for which this is equal are described by one task: one pass of the network serves all outputs."""
+        everything = bool(self.known) and None not in self.known
+        alone = self.column.name if everything else ""  # nothing to describe: no pass to share
+        return self.column.modality, self.column.encoder, self.column.view, self.number, str(self.images), alone
+
+
+def _missing_shards(
+    dataset: Dataset, column: PlannedColumn, images_per_shard: int, *, retry: bool
+) -> tuple[list[_Shard], int]:
+    """The shards of an unfinished column that are to be made.
+
+    Returns:
+        Those that are neither finished nor another shard under a new name; how many rows, in all that was not
+        finished, stand elsewhere already.
+    """
+    known = [] if is_import(column.encoder) else known_rows(dataset, column)  # a file's rows may be told by position
+    missing: list[_Shard] = []
+    start, taken = 0, 0
+    for number, first in enumerate(range(0, len(dataset.samples), images_per_shard)):
+        images = slice(first, first + images_per_shard)
+        samples = dataset.samples[images]
+        rows = len(samples) if column.modality == "image" else sum(len(sample.captions) for sample in samples)
+        record = read_record(column.folder, number)
+        here = known[start : start + rows]
+        start += rows
+        if record is not None and record.rows == rows:
+            if not (retry and record.quarantined):
+                continue
+            here = [*rows_of(Donor(shard_path(column.folder, number), record, column.output.ragged))]
+        if retry:
+            here = [None if row is None or row.reason else row for row in here]
+        taken += len(here) - here.count(None)
+        found = link(shard_path(column.folder, number), here)
+        if found is None:
+            missing.append(_Shard(column, number, images, tuple(here)))
+        else:
+            write_record(column.folder, number, found)
+    return missing, taken
+
+
+def tasks_for(
+    dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]
+) -> tuple[list[ShardTask], int]:
+    """What is to be done for columns that are not finished; they are begun, and shards that need no task are linked.
+
+    Args:
+        dataset: the index.
+        config: batch and shard sizes, and whether quarantined rows are tried again.
+        columns: to be made by this job alone.
+
+    Returns:
+        One task for each shard that is missing, for all outputs of one network that miss it; and how many of the
+        missing rows are known already.
+    """
+    by_encoder = {(column.modality, column.encoder): column for column in columns}
+    imported = {key: imported_rows(dataset, column) for key, column in by_encoder.items()}  # before any is begun
+    groups: dict[tuple[object, ...], list[_Shard]] = {}
+    rows = 0
+    for column in columns:
+        begun = _begin(column, config.rows_per_shard)
+        shards, known = _missing_shards(dataset, column, begun.images_per_shard, retry=config.retry_quarantined)
+        rows += known
+        for shard in shards:
+            groups.setdefault(shard.together, []).append(shard)
+    tasks = [
+        ShardTask(
+            first.column.modality,
+            first.column.encoder,
+            encoder_card(first.column),
+            first.column.precision,
+            first.column.view,
+            first.number,
+            dataset.samples[first.images],
+            dataset.digests[first.images],
+            tuple(Target(shard.column.output, shard.column.folder, shard.known) for shard in (first, *others)),
+            config.image_batch if first.column.modality == "image" else config.text_batch,
+            _imported(dataset, first, imported[first.column.modality, first.column.encoder]),
+        )
+        for first, *others in groups.values()
+    ]
+    return tasks, rows
+
+
+def _imported(dataset: Dataset, shard: _Shard, column: ImportedRows | None) -> ImportedRows | None:
+    """Where a file holds the rows of a shard, from where it holds those of the column."""
+    if column is None:
+        return None
+    images = range(len(dataset.samples))[shard.images]
+    if shard.column.modality == "image":
+        return column.part(images)
+    return column.part(np.flatnonzero(np.isin(dataset.caption_image, images)).tolist())
+
+
+def fill(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
+    """Extract whatever of the planned columns is not in the cache yet, one Ray task a shard; Ray is initialised.
+
+    Finished columns and finished shards of unfinished ones are left as they are; what another version of the data set
+    holds is taken from there. Two jobs that need the same column take turns. Prints one line on what was found and
+    shows one progress bar, in rows.
+
+    Raises:
+        CacheError: too many images could not be decoded, the disk is full, or workers die; what was extracted stays.
+    """
+
+    def unfinished(column: PlannedColumn) -> bool:
+        manifest = read_manifest(column.folder)
+        return manifest is None or (config.retry_quarantined and bool(len(manifest.missing)))
+
+    with _locked([column.folder for column in columns if unfinished(column)]):
+        missing = [column for column in columns if unfinished(column)]
+        tasks, known = tasks_for(dataset, config, missing)
+        rows = sum(len(task.unknown) for task in tasks)
+        already = f", {known} rows are known already" if known else ""
+        print(
+            f"cache {dataset.folder}: {len(columns) - len(missing)} columns found, {rows} rows to extract{already}",
+            flush=True,
+        )
+        if tasks:
+            _run(tasks, config)
+        for column in missing:
+            _finish(dataset, column)
+    return _checked(dataset, config, columns)
+
+
+@contextmanager
+def _locked(folders: Sequence[Path]) -> Iterator[None]:
+    """The right to make columns, which the system takes back from a process that dies; one job at a time has it."""
+    with ExitStack() as stack:
+        for folder in sorted(folders):  # one order for all jobs: none waits for one that waits for it
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / LOCK)
+            try:
+                stack.enter_context(lock.acquire(timeout=0))
+            except Timeout:
+                print(f"waiting for another job that makes {folder.name}", flush=True)
+                stack.enter_context(lock.acquire())
+            for left in folder.glob(".*.tmp"):  # a killed worker's; nobody else writes here now
+                left.unlink(missing_ok=True)
+        yield
+
+
+def _begin(column: PlannedColumn, images_per_shard: int) -> Manifest:
+    """What an unfinished column is to become; one that was begun before keeps its shards' boundaries."""
+    finished = read_manifest(column.folder)
+    if finished is not None:  # with rows that are tried again
+        finished.reopen(column.folder, sound=range(len(finished.shards)))
+    begun = read_begun(column.folder) or column.manifest(images_per_shard)
+    begun.begin(column.folder)
+    return begun
+
+
+def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
+    import ray
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+    remote = ray.remote(extract_shard).options(
+        num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, runtime_env={"env_vars": WORKER_ENV}
+    )
+    running = {remote.remote(task): task for task in tasks}
+    with tqdm(total=sum(len(task.unknown) for task in tasks), unit="rows", desc="extract", smoothing=0.05) as bar:
+        try:
+            while running:
+                (done,), _ = ray.wait(list(running), num_returns=1)
+                task = running.pop(done)
+                ray.get(done)
+                bar.update(len(task.unknown))
+        except (WorkerCrashedError, OutOfMemoryError, NodeDiedError) as error:
+            raise CacheError(
+                f"{task.targets[0].folder}: workers die while they make shard {task.number} ({first_line(error)}); if "
+                "memory is short, lower --featurize.image_batch or raise --featurize.cpus_per_task. What is finished "
+                "stays: the same command goes on"
+            ) from error
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _finish(dataset: Dataset, column: PlannedColumn) -> None:
+    begun = read_begun(column.folder)
+    assert begun is not None, "only this job makes it"
+    count = -(-len(dataset.samples) // begun.images_per_shard)
+    records = [read_record(column.folder, number) for number in range(count)]
+    whole = [record for record in records if record is not None]
+    if len(whole) != count:
+        raise CacheError(f"{column.folder}: {count - len(whole)} of {count} shards vanished; run again")
+    replace(begun, shards=tuple(whole)).write(column.folder)
+
+
+def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
+    """The finished columns, if not too much of them is missing; writes what is into the quarantine."""
+    manifests = [manifest for column in columns if (manifest := read_manifest(column.folder)) is not None]
+    undecoded = {problem.image_id: problem for manifest in manifests for problem in _left_out(dataset, manifest)}
+    everything = [read_manifest(folder) for folder in column_folders(dataset.folder)]
+    of_columns = [problem for manifest in everything if manifest for problem in _left_out(dataset, manifest)]
+    write_quarantine(dataset.folder, [*dataset.quarantine, *of_columns])
+    lost = len(undecoded) + len({problem.image_id for problem in dataset.quarantine})
+    if lost:
+        print(f"{lost} images or captions quarantined: {dataset.folder / 'quarantine.jsonl'}", flush=True)
+    check_quarantine(undecoded.values(), len(undecoded), len(dataset.samples), config.max_quarantined)
+    return manifests
+
+
+def _left_out(dataset: Dataset, manifest: Manifest) -> Iterator[Quarantined]:
+    images = manifest.missing if manifest.modality == "image" else dataset.caption_image[manifest.missing]
+    stage = "import" if is_import(manifest.reference) else "decode"
+    for row, reason in zip(images, manifest.reasons, strict=True):
+        yield Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row], manifest.name)

@@ -1,0 +1,248 @@
+"""The index of a data set: which images and captions there are, each checked and hashed.
+
+    <cache>/<dataset>@<id8>/samples.parquet       one row an image, in order: the rows of every image column
+                            quarantine.jsonl      what could not be used: image_id, stage, reason
+                            uses/                 the runs that read it
+                            <column>@<id8>/       see `featurize.manifest`
+
+A data set that changes is another version with an identity and a folder of its own; what both have in common is not
+described again (see `featurize.sharing`).
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from featurize.datasets.sample import Sample
+from featurize.manifest import CacheError, Modality
+from featurize.quarantine import Quarantined, check_quarantine, read_quarantine, write_quarantine
+from featurize.shards import Array, publish
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An indexed data set: every image readable and hashed, every caption usable.
+
+    Attributes:
+        name: preset or source.
+        id: its identity (sha256).
+        folder: where its columns live.
+        samples: image rows, in order.
+        digests: sha256 of each image's bytes.
+        quarantine: what was left out while indexing.
+    """
+
+    name: str
+    id: str
+    folder: Path
+    samples: tuple[Sample, ...]
+    digests: tuple[str, ...]
+    quarantine: tuple[Quarantined, ...]
+
+    @property
+    def caption_image(self) -> Array:
+        """(captions,) int64: the image row of each caption row."""
+        return np.repeat(np.arange(len(self.samples)), [len(sample.captions) for sample in self.samples])
+
+    @property
+    def captions(self) -> list[str]:
+        """Every caption, in caption-row order."""
+        return [caption for sample in self.samples for caption in sample.captions]
+
+    def rows(self, modality: Modality) -> int:
+        """Rows of a column: images or captions."""
+        return len(self.samples) if modality == "image" else sum(len(sample.captions) for sample in self.samples)
+
+    def rows_of(self, split: str) -> Array:
+        """(n,) int64 image rows of a split.
+
+        Raises:
+            CacheError: there are none.
+        """
+        rows = np.array([row for row, sample in enumerate(self.samples) if sample.split == split], np.int64)
+        if not len(rows):
+            raise CacheError(
+                f"{self.folder}: no images of split {split!r}; found {sorted({s.split for s in self.samples})}"
+            )
+        return rows
+
+
+def content_id(samples: Iterable[Sample], digests: Iterable[str]) -> str:
+    """A data set's identity: the sha256 of ids, splits, captions and hashes of the images, in order."""
+    content = hashlib.sha256()
+    for sample, sha256 in zip(samples, digests, strict=True):
+        content.update(json.dumps([sample.image_id, sample.split, sample.captions, sha256]).encode())
+    return content.hexdigest()
+
+
+def _is_broken(text: str) -> bool:
+    """Whether text was not UTF-8 where it was read (readers keep such bytes as lone surrogates)."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _usable_captions(sample: Sample) -> tuple[tuple[str, ...], list[Quarantined]]:
+    kept: list[str] = []
+    problems: list[Quarantined] = []
+    for number, caption in enumerate(sample.captions):
+        if not caption.strip():
+            problems.append(Quarantined(sample.image_id, "caption", f"caption {number} is empty"))
+        elif _is_broken(caption):
+            problems.append(Quarantined(sample.image_id, "caption", f"caption {number} is not UTF-8"))
+        else:
+            kept.append(caption)
+    if not kept:
+        problems.append(Quarantined(sample.image_id, "caption", "no usable caption; the image is left out"))
+    return tuple(kept), problems
+
+
+Stamp: TypeAlias = tuple[str, int, int, int, int]
+_STAMP = ("image", "offset", "length", "size", "mtime_ns")
+
+
+def _stamp(sample: Sample) -> Stamp:
+    """What lets a hash be believed without reading the bytes again; mtime 0 where nothing does.
+
+    Taken before the bytes are read. A file that was written within the last two seconds may change again without a
+    trace, for file systems' clocks can be that coarse; and one from the future tells that a clock is wrong.
+    """
+    offset, length = sample.span or (0, -1)
+    try:
+        status = Path(sample.image).stat()
+    except (OSError, ValueError):
+        return sample.image, offset, length, 0, 0
+    settled = status.st_mtime_ns < time.time_ns() - 2 * 10**9
+    return sample.image, offset, length, status.st_size, status.st_mtime_ns if settled else 0
+
+
+_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("split", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("sha256", pa.string()),
+        ("image", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("size", pa.int64()),
+        ("mtime_ns", pa.int64()),
+    ]
+)
+
+
+def _known_hashes(cache: Path, name: str) -> dict[Stamp, str]:
+    known: dict[Stamp, str] = {}
+    for path in sorted(cache.glob(f"{name}@*/samples.parquet"), key=lambda path: path.stat().st_mtime_ns):
+        table = pq.read_table(path).to_pydict()
+        known.update(zip(zip(*(table[key] for key in _STAMP), strict=True), table["sha256"], strict=True))
+    return {stamp: sha256 for stamp, sha256 in known.items() if stamp[-1]}
+
+
+def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined: float, threads: int = 8) -> Dataset:
+    """Check and hash every sample; write `samples.parquet`; the result's identity depends on content alone.
+
+    An image whose bytes cannot be read, a caption that is empty or not UTF-8, an image left without captions become
+    quarantine rows. Hashes of files whose size and modification time are as they were are taken from earlier indexes.
+
+    Args:
+        samples: as a source yields them.
+        name: of the preset or source; part of the folder's name.
+        cache: folder of all data sets.
+        max_quarantined: share of images that may be left out.
+        threads: readers at a time.
+
+    Raises:
+        CacheError: more than `max_quarantined` of the images were left out.
+    """
+    known = _known_hashes(cache, name)
+
+    def digest(sample: Sample) -> tuple[Stamp, str, str]:
+        stamp = _stamp(sample)
+        if stamp in known:
+            return stamp, known[stamp], ""
+        try:
+            data = sample.read()
+        except (OSError, ValueError) as error:
+            return stamp, "", f"{type(error).__name__}: {error}"
+        reason = "" if data else f"{sample.image}: the file is empty"
+        return stamp, hashlib.sha256(data).hexdigest() if data else "", reason
+
+    everything = list(samples)
+    kept: list[Sample] = []
+    digests: list[str] = []
+    stamps: list[Stamp] = []
+    problems: list[Quarantined] = []
+    with ThreadPoolExecutor(threads) as pool:
+        hashed = tqdm(pool.map(digest, everything), total=len(everything), desc="hash", unit="images")
+        for sample, (stamp, sha256, reason) in zip(everything, hashed, strict=True):
+            captions, caption_problems = _usable_captions(sample)
+            problems += [replace(problem, sha256=sha256) for problem in caption_problems]
+            if _is_broken(sample.image_id):
+                problems.append(Quarantined(sample.image_id, "read", "the image id is not UTF-8", sha256))
+            elif reason:
+                problems.append(Quarantined(sample.image_id, "read", reason))
+            elif captions:
+                kept.append(replace(sample, captions=captions))
+                digests.append(sha256)
+                stamps.append(stamp)
+    check_quarantine(problems, len(everything) - len(kept), len(everything), max_quarantined)
+    dataset_id = content_id(kept, digests)
+    folder = cache / f"{name}@{dataset_id[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset(name, dataset_id, folder, tuple(kept), tuple(digests), tuple(problems))
+    columns: dict[str, list[Any]] = {
+        "image_id": [sample.image_id for sample in kept],
+        "split": [sample.split for sample in kept],
+        "captions": [list(sample.captions) for sample in kept],
+        "sha256": digests,
+        **{key: [stamp[place] for stamp in stamps] for place, key in enumerate(_STAMP)},
+    }
+    table = pa.table(columns, schema=_SCHEMA.with_metadata({"dataset_id": dataset_id, "name": name}))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    publish(folder / "samples.parquet", sink.getvalue().to_pybytes())
+    of_columns = [problem for problem in read_quarantine(folder) if problem.column]
+    write_quarantine(folder, [*problems, *of_columns])
+    return dataset
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Read an index back, without touching the images.
+
+    Raises:
+        CacheError: there is none, or it is damaged.
+    """
+    path = folder / "samples.parquet"
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CacheError(f"{path}: not a readable index ({error}); run `featurize` again") from error
+    metadata = table.schema.metadata or {}
+    rows = table.to_pylist()
+    samples = tuple(
+        Sample(
+            row["image_id"],
+            row["image"],
+            tuple(row["captions"]),
+            row["split"],
+            None if row["length"] < 0 else (row["offset"], row["length"]),
+        )
+        for row in rows
+    )
+    return Dataset(
+        metadata[b"name"].decode(),
+        metadata[b"dataset_id"].decode(),
+        folder,
+        samples,
+        tuple(row["sha256"] for row in rows),
+        tuple(problem for problem in read_quarantine(folder) if not problem.column),
+    )

@@ -1,0 +1,58 @@
+"""What could not be used, and why: nothing is dropped without a line in `quarantine.jsonl`."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from featurize.manifest import CacheError
+from featurize.shards import publish
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """One thing that could not be used, and why.
+
+    Attributes:
+        image_id: whose it is.
+        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in
+            the imported file).
+        reason: what was found.
+        sha256: of the image bytes, where there were any.
+        column: that lacks it; "" where the data set itself does.
+    """
+
+    image_id: str
+    stage: str
+    reason: str
+    sha256: str = ""
+    column: str = ""
+
+
+def read_quarantine(folder: Path) -> list[Quarantined]:
+    """What a data set lacks, as it was last written; nothing where it never was."""
+    path = folder / "quarantine.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    plain: Iterable[Mapping[str, Any]] = map(json.loads, lines)
+    return [Quarantined(**line) for line in plain]
+
+
+def write_quarantine(folder: Path, problems: Iterable[Quarantined]) -> None:
+    """Publish what a data set lacks."""
+    text = "".join(json.dumps(asdict(problem), ensure_ascii=True) + "\n" for problem in problems)
+    publish(folder / "quarantine.jsonl", text.encode())
+
+
+def check_quarantine(problems: Iterable[Quarantined], lost: int, total: int, limit: float) -> None:
+    """End the job when too many images fail.
+
+    Raises:
+        CacheError: more than `limit` of `total` images are `lost`; the message shows the first reasons.
+    """
+    if total and lost / total > limit:
+        first = "".join(f"\n  {p.image_id}: {p.stage}: {p.reason}" for p in list(problems)[:5])
+        raise CacheError(
+            f"{lost} of {total} images cannot be used, more than the {limit:.0%} that "
+            f"--featurize.max_quarantined allows. The first reasons:{first}"
+        )

@@ -1,0 +1,146 @@
+"""What versions of a data set have in common is not described again.
+
+A row is known if another data set of the same cache holds a finished column of the same making with a row of the same
+key and content: image bytes, or caption. Its values are copied. A shard of which all rows are known and stand in one
+shard, in the same order, is that shard: it becomes a second name (hard link) of the same file.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from featurize.columns import row_keys
+from featurize.index import Dataset, open_dataset
+from featurize.manifest import CacheError, Manifest, Modality, ShardRecord, identity, read_manifest, shard_path
+from featurize.plan import PlannedColumn
+from featurize.shards import Array, Shard, ShardError, fsync_folder, temporary_name
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A finished shard that rows are taken from.
+
+    Attributes:
+        path: of the tar.
+        record: its record.
+        ragged: whether rows differ in length.
+    """
+
+    path: Path
+    record: ShardRecord
+    ragged: bool
+
+
+@dataclass(frozen=True)
+class KnownRow:
+    """Where a row's values stand already.
+
+    Attributes:
+        donor: the shard.
+        row: in that shard.
+    """
+
+    donor: Donor
+    row: int
+
+    @property
+    def reason(self) -> str:
+        """Why the row holds no values; "" if it does."""
+        record = self.donor.record
+        return record.reasons[record.quarantined.index(self.row)] if self.row in record.quarantined else ""
+
+
+def known_rows(dataset: Dataset, column: PlannedColumn) -> list[KnownRow | None]:
+    """For each row of a column that is to be made, where another data set of the cache holds it, or None."""
+    known: dict[tuple[str, str], KnownRow] = {}
+    making = _making(column.ingredients)
+    for folder in sorted(dataset.folder.parent.glob(f"*@*/{column.name}@*")):
+        if folder.parent == dataset.folder:
+            continue
+        try:
+            manifest = read_manifest(folder)
+            if manifest is None or _making(manifest.ingredients) != making:
+                continue
+            other = open_dataset(folder.parent)
+        except CacheError:  # another data set's damage is its own: what it held is described again
+            continue
+        rows = [row for donor in donors(folder, manifest) for row in rows_of(donor)]
+        known.update(zip(_contents(other, column.modality), rows, strict=True))
+    return [known.get(content) for content in _contents(dataset, column.modality)] if known else []
+
+
+def donors(folder: Path, manifest: Manifest) -> list[Donor]:
+    """A finished column's shards."""
+    return [Donor(shard_path(folder, number), record, manifest.ragged) for number, record in enumerate(manifest.shards)]
+
+
+def rows_of(donor: Donor) -> list[KnownRow]:
+    """All rows of a shard."""
+    return [KnownRow(donor, row) for row in range(donor.record.rows)]
+
+
+def _making(ingredients: object) -> str:
+    assert isinstance(ingredients, dict)
+    return identity({name: value for name, value in ingredients.items() if name != "dataset"})
+
+
+def _contents(dataset: Dataset, modality: Modality) -> list[tuple[str, str]]:
+    """(key, content) of every row."""
+    content = list(dataset.digests) if modality == "image" else dataset.captions
+    return list(zip(row_keys(dataset, modality), content, strict=True))
+
+
+def read_row(known: KnownRow) -> Array:
+    """The values, a view of the mapped file."""
+    return _opened(known.donor).row(known.row)
+
+
+@functools.lru_cache(maxsize=64)
+def _opened(donor: Donor) -> Shard:
+    return Shard(donor.path, donor.record.rows, ragged=donor.ragged)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_sound(donor: Donor) -> bool:
+    """Whether a shard still holds what its record says; damage is not handed on."""
+    try:
+        _opened(donor)
+        return sha256_of(donor.path) == donor.record.sha256
+    except (ShardError, OSError):
+        return False
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link(path: Path, known: Sequence[KnownRow | None]) -> ShardRecord | None:
+    """Let a shard be another one whose rows are the same, in the same order.
+
+    Args:
+        path: of the tar that is missing.
+        known: where its rows stand.
+
+    Returns:
+        The shard's record; None if no single shard holds just these rows, or the file system knows no hard links.
+    """
+    first = known[0] if known else None
+    if first is None or list(known) != rows_of(first.donor):
+        return None
+    files = [(first.donor.path, path)]
+    if first.donor.ragged:
+        files.insert(0, (first.donor.path.with_suffix(".idx.npy"), path.with_suffix(".idx.npy")))
+    for source, target in files:
+        temporary = temporary_name(target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            return None
+        temporary.replace(target)
+    fsync_folder(path.parent)
+    return first.donor.record

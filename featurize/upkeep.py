@@ -1,0 +1,206 @@
+"""Keeping a cache: who used what, why two things differ, making again what is broken, freeing what nobody needs."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from featurize.columns import column_folders
+from featurize.config import FeaturizeConfig
+from featurize.fill import LOCK, fill
+from featurize.index import Dataset, open_dataset
+from featurize.manifest import CacheError, differences, read_begun, read_manifest
+from featurize.plan import PlannedColumn, encoder_card
+from featurize.shards import publish
+from featurize.verify import Problem, require_unchanged
+
+
+@dataclass(frozen=True)
+class Use:
+    """A run that reads a data set.
+
+    Attributes:
+        run: its folder.
+        time: when it began, ISO 8601 in UTC.
+        columns: folder names of the columns that it reads.
+    """
+
+    run: str
+    time: str
+    columns: tuple[str, ...]
+
+    @property
+    def exists(self) -> bool:
+        """Whether the run is still there."""
+        return Path(self.run).is_dir()
+
+
+def note_use(dataset: Dataset, run: Path, columns: Iterable[tuple[str, str]]) -> None:
+    """Remember in the cache that a run reads these columns, (name, identity) each: `gc` keeps them."""
+    names = tuple(sorted(f"{name}@{column_id[:8]}" for name, column_id in columns))
+    use = Use(str(run), datetime.now(UTC).isoformat(timespec="seconds"), names)
+    folder = dataset.folder / "uses"
+    folder.mkdir(exist_ok=True)
+    name = hashlib.sha256(str(run).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    publish(folder / f"{name}.json", json.dumps(asdict(use)).encode())
+
+
+def uses(dataset_folder: Path) -> list[Use]:
+    """The runs that read a data set, oldest first, whether or not they are still there."""
+    plain = (json.loads(path.read_text("utf-8")) for path in (dataset_folder / "uses").glob("*.json"))
+    return sorted((Use(**{**one, "columns": tuple(one["columns"])}) for one in plain), key=lambda use: use.time)
+
+
+def explain(one: Path, other: Path) -> list[str]:
+    """In what two columns, or two data sets, differ: one line for each ingredient.
+
+    Raises:
+        CacheError: they are not two columns or two data sets of a cache.
+    """
+    columns = [read_manifest(folder) or read_begun(folder) for folder in (one, other)]
+    if columns[0] is not None and columns[1] is not None:
+        first, second = ({"column": column.name, **column.ingredients} for column in columns if column)
+        found = differences(first, second)
+        if first["dataset"] != second["dataset"]:
+            found += _versions(open_dataset(one.parent), open_dataset(other.parent))
+        return found
+    if all((folder / "samples.parquet").exists() for folder in (one, other)):
+        return list(_versions(open_dataset(one), open_dataset(other)))
+    raise CacheError(
+        f"found {one} and {other}, expected the folders of two columns (<cache>/<data set>@<id>/<column>@<id>) or of "
+        "two data sets (<cache>/<data set>@<id>)"
+    )
+
+
+def _versions(one: Dataset, other: Dataset) -> Iterator[str]:
+    """How two versions of a data set differ, with a few examples each."""
+    sides = [
+        {s.image_id: (digest, s.captions, s.split) for s, digest in zip(side.samples, side.digests, strict=True)}
+        for side in (one, other)
+    ]
+    both = [image_id for image_id in sides[0] if image_id in sides[1]]
+    changes: Mapping[str, list[str]] = {
+        "images only in the first": [image_id for image_id in sides[0] if image_id not in sides[1]],
+        "images only in the second": [image_id for image_id in sides[1] if image_id not in sides[0]],
+        **{
+            text: [image_id for image_id in both if sides[0][image_id][place] != sides[1][image_id][place]]
+            for place, text in enumerate(("images with other bytes", "images with other captions", "other splits"))
+        },
+    }
+    for text, ids in changes.items():
+        if ids:
+            yield f"{text}: {len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
+    if both != [image_id for image_id in sides[1] if image_id in sides[0]]:
+        yield "the order of the images"
+
+
+def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfig) -> list[Path]:
+    """Make again the shards that are broken, and nothing else; Ray is initialised.
+
+    Args:
+        dataset: the index; its images must be where they were.
+        problems: that `verify` found.
+        config: how to extract; encoders and precision are those that made the columns.
+
+    Returns:
+        The columns that were mended; those whose problems have no shard are left as they are.
+
+    Raises:
+        CacheError: an encoder is not the one that made the column, or an image is not the one that was indexed.
+    """
+    broken: dict[Path, set[int]] = {}
+    for problem in problems:
+        if problem.shard is not None:
+            broken.setdefault(problem.folder, set()).add(problem.shard)
+    columns = []
+    for folder, numbers in broken.items():
+        manifest = read_manifest(folder)
+        assert manifest is not None, "only finished columns have broken shards"
+        column = PlannedColumn.of(folder, manifest)
+        encoder_card(column)  # before anything is given up
+        if manifest.modality == "image":
+            for first in (number * manifest.images_per_shard for number in numbers):
+                images = slice(first, first + manifest.images_per_shard)
+                require_unchanged(dataset.samples[images], dataset.digests[images])
+        manifest.reopen(folder, sound=set(range(len(manifest.shards))) - numbers)
+        columns.append(column)
+    fill(dataset, config, columns)
+    return list(broken)
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A folder that no run needs.
+
+    Attributes:
+        folder: of a column, or of a data set of which nothing is needed.
+        size: bytes that it alone takes: a shard that another version shares frees nothing.
+        reason: why it may go.
+    """
+
+    folder: Path
+    size: int
+    reason: str
+
+
+def removable(dataset_folder: Path, days: float) -> list[Removable]:
+    """What no run refers to and nobody has touched for some days.
+
+    A column is kept while a run that reads it exists, while a job makes it, and until it is `days` old; a data set
+    while one of its columns or a run is kept.
+    """
+    every = uses(dataset_folder)
+    last = {name: use for use in every for name in use.columns}
+    alive = {name for use in every if use.exists for name in use.columns}
+    folders = column_folders(dataset_folder)
+    found = []
+    for folder in folders:
+        age = _age(folder)
+        if folder.name in alive or age < days or _is_being_made(folder):
+            continue
+        unfinished = "" if read_manifest(folder) else "unfinished, "
+        use = f"its last run, {last[folder.name].run}, is gone" if folder.name in last else "no run reads it"
+        found.append(Removable(folder, _own_bytes(folder), f"{unfinished}{use}; {age:.0f} days old"))
+    age = (time.time() - (dataset_folder / "samples.parquet").stat().st_mtime) / _DAY
+    if len(found) == len(folders) and age >= days and not any(use.exists for use in every):
+        size = _own_bytes(dataset_folder) + sum(one.size for one in found)
+        return [Removable(dataset_folder, size, f"no run reads any of its {len(folders)} columns; {age:.0f} days old")]
+    return found
+
+
+_DAY = 24 * 60 * 60
+
+
+def _age(folder: Path) -> float:
+    """Days since a column last changed; locks do not count, for looking at them touches them."""
+    files = [path for path in folder.iterdir() if path.name != LOCK] or [folder]
+    return (time.time() - max(path.stat().st_mtime for path in files)) / _DAY
+
+
+def _is_being_made(folder: Path) -> bool:
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _own_bytes(folder: Path) -> int:
+    status = [path.stat() for path in folder.iterdir() if path.is_file()]
+    return sum(one.st_size for one in status if one.st_nlink == 1)
+
+
+def remove(found: Iterable[Removable]) -> None:
+    """Free what `removable` found. Manifests and indexes go first: what is half removed does not look whole."""
+    for one in found:
+        for sign in [*one.folder.glob("samples.parquet"), *one.folder.rglob("manifest.json")]:
+            sign.unlink()
+        shutil.rmtree(one.folder)

@@ -1,0 +1,202 @@
+"""Whether a cache still is what it says: everything is read and compared, and rows are described again on request."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featurize.columns import column_folders, mapped, misplaced, row_keys
+from featurize.datasets.sample import Sample
+from featurize.extract import ShardTask, describe
+from featurize.index import Dataset, content_id, open_dataset
+from featurize.manifest import CacheError, Manifest, read_manifest, shard_path
+from featurize.plan import PlannedColumn, encoder_card, imported_rows
+from featurize.shards import Array, Shard, ShardError
+from featurize.sharing import sha256_of
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it should be.
+
+    Attributes:
+        folder: of the column, or of the data set.
+        text: what was found.
+        shard: the number of the shard that is to be made again; None: `repair` cannot help.
+    """
+
+    folder: Path
+    text: str
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def verify(dataset_folder: Path) -> Iterator[Problem]:
+    """Read everything and yield what is wrong: checksums, counts, gaps, key order, values that are not finite."""
+    try:
+        dataset = open_dataset(dataset_folder)
+    except CacheError as error:
+        yield Problem(dataset_folder, str(error))
+        return
+    if content_id(dataset.samples, dataset.digests) != dataset.id or not dataset_folder.name.endswith(dataset.id[:8]):
+        yield Problem(
+            dataset_folder,
+            f"{dataset_folder / 'samples.parquet'}: its rows do not give the identity {dataset.id[:8]} that it states, "
+            "or the folder was renamed; run `featurize` again",
+        )
+    for folder in column_folders(dataset_folder):
+        try:
+            manifest = read_manifest(folder)
+        except CacheError as error:
+            yield Problem(folder, str(error))
+            continue
+        if manifest is None:
+            yield Problem(folder, f"{folder}: unfinished (no manifest.json); run `featurize` again to finish it")
+        else:
+            yield from verify_column(dataset, folder, manifest)
+
+
+def verify_column(dataset: Dataset, folder: Path, manifest: Manifest) -> Iterator[Problem]:
+    """What is wrong with a finished column."""
+    if manifest.rows != dataset.rows(manifest.modality):
+        yield Problem(folder, f"{folder}: {manifest.rows} rows, but the data set has {dataset.rows(manifest.modality)}")
+        return
+    known = {shard_path(folder, number) for number in range(len(manifest.shards))}
+    for path in sorted(set(folder.glob("*.tar")) - known):
+        yield Problem(folder, f"{path}: stands in no manifest; nothing reads it and it may be removed")
+    keys = row_keys(dataset, manifest.modality)
+    for number, start in enumerate(manifest.starts[:-1]):
+        text = _shard_problem(shard_path(folder, number), manifest, number, keys[start:])
+        if text:
+            yield Problem(folder, text, number)
+
+
+def _shard_problem(path: Path, manifest: Manifest, number: int, keys: list[str]) -> str:
+    """The first thing that is wrong with a shard, "" if nothing is."""
+    record = manifest.shards[number]
+    if not path.exists():
+        return f"{path}: is missing"
+    if sha256_of(path) != record.sha256:
+        return f"{path}: changed since it was written (sha256 differs)"
+    try:
+        shard = Shard(path, record.rows, ragged=manifest.ragged)
+    except ShardError as error:
+        return str(error)
+    described = f"{manifest.dtype}{manifest.shape}"
+    if f"{shard.dtype}{shard.shape}" != described:
+        return f"{path}: holds {shard.dtype}{shard.shape}, its manifest says {described}"
+    return misplaced(shard, keys, range(shard.rows)) or _value_problem(path, shard, set(record.quarantined))
+
+
+def _value_problem(path: Path, shard: Shard, quarantined: set[int]) -> str:
+    for row in range(shard.rows):
+        values = shard.row(row)
+        if row not in quarantined and not np.isfinite(values).all():
+            return f"{path}: row {row} holds values that are not finite"
+        if row in quarantined and np.isfinite(values).any():
+            return f"{path}: row {row} is quarantined and holds values"
+    return ""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far rows that are described again are from what is stored.
+
+    Attributes:
+        folder: of the column.
+        rows: how many were compared.
+        largest: the largest absolute difference of a value.
+        cosine: the smallest cosine between a row and its second description.
+    """
+
+    folder: Path
+    rows: int
+    largest: float
+    cosine: float
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.rows} rows again, largest difference {self.largest:.3g}, cosine {self.cosine:.6f}"
+
+
+def drift(dataset: Dataset, folder: Path, manifest: Manifest, images: int, seed: int = 0) -> Drift:
+    """Describe some rows of a column again, on this machine with these libraries.
+
+    Args:
+        dataset: the index.
+        folder: of the column.
+        manifest: of the column.
+        images: how many random images, or images whose captions; fewer if the data set has fewer.
+        seed: chooses them.
+
+    Raises:
+        CacheError: the encoder is not the one that made the column, or an image is not the one that was indexed.
+    """
+    column = PlannedColumn.of(folder, manifest)
+    card = encoder_card(column)
+    lost = manifest.missing if manifest.modality == "image" else dataset.caption_image[manifest.missing]
+    usable = np.setdiff1d(np.arange(len(dataset.samples)), lost)
+    chosen = np.sort(np.random.default_rng(seed).permutation(usable)[:images])
+    samples = tuple(dataset.samples[image] for image in chosen)
+    digests = tuple(dataset.digests[image] for image in chosen)
+    if column.modality == "image":
+        rows = chosen
+        require_unchanged(samples, digests)
+    else:
+        rows = np.flatnonzero(np.isin(dataset.caption_image, chosen))
+    imported = imported_rows(dataset, column)
+    task = ShardTask(
+        column.modality,
+        column.encoder,
+        card,
+        column.precision,
+        column.view,
+        0,
+        samples,
+        digests,
+        (),
+        batch=8,
+        imported=imported.part(rows.tolist()) if imported is not None else None,
+    )
+    again = describe(task, range(len(rows))).values[column.output.name]
+    stored = mapped(folder, manifest)
+    pairs = [
+        (stored.row(int(row)).astype(np.float64), again[place].astype(np.float64)) for place, row in enumerate(rows)
+    ]
+    return Drift(
+        folder,
+        len(rows),
+        max((_difference(one, other) for one, other in pairs), default=0.0),
+        min((_cosine(one, other) for one, other in pairs), default=1.0),
+    )
+
+
+def require_unchanged(samples: Sequence[Sample], digests: Sequence[str]) -> None:
+    """Let nothing be described again that has changed.
+
+    Raises:
+        CacheError: an image is not the one that was indexed.
+    """
+    for sample, digest in zip(samples, digests, strict=True):
+        if hashlib.sha256(sample.read()).hexdigest() != digest:
+            raise CacheError(
+                f"{sample.image}: is not the image that was indexed as {sample.image_id!r}; run `featurize` again, "
+                "which makes another version of the data set"
+            )
+
+
+def _difference(one: Array, other: Array) -> float:
+    if one.shape != other.shape:
+        return math.inf
+    return float(np.abs(one - other).max(initial=0.0))
+
+
+def _cosine(one: Array, other: Array) -> float:
+    if one.shape != other.shape:
+        return 0.0
+    lengths = np.linalg.norm(one) * np.linalg.norm(other)
+    return float((one * other).sum() / lengths) if lengths else 1.0

@@ -1,0 +1,131 @@
+"""The `cache` commands: what is there, whether it is sound, and what to do about it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from featurize import upkeep
+from featurize.columns import column_folders
+from featurize.config import FeaturizeConfig
+from featurize.index import open_dataset
+from featurize.manifest import CacheError, Manifest, read_manifest
+from featurize.verify import Problem, drift, verify
+from pipeline.config import RayConfig
+from pipeline.sessions import ray_session
+
+DRIFT = 0.999
+"""A row that is described again must have at least this cosine with what is stored: bfloat16 has 0.9999."""
+
+
+def dataset_folders(cache: str) -> list[Path]:
+    """The data sets of a cache.
+
+    Raises:
+        CacheError: there are none.
+    """
+    root = Path(cache)
+    folders = sorted(path.parent for path in root.glob("*@*/samples.parquet"))
+    if not folders:
+        raise CacheError(f"{root.absolute()}: no data sets here; `python -m pipeline featurize` makes some")
+    return folders
+
+
+def ls(cache: str) -> None:
+    """Print every data set and column of a cache: rows, shape, bytes, and the run that read it last."""
+    for folder in dataset_folders(cache):
+        dataset = open_dataset(folder)
+        every = upkeep.uses(folder)
+        counts = f"{len(dataset.samples):,} images, {len(dataset.captions):,} captions, {len(every)} runs"
+        print(f"{folder.name}  {counts}  {dataset.id}")
+        last = {name: use for use in every for name in use.columns}
+        for path in column_folders(folder):
+            manifest = read_manifest(path)
+            use = last.get(path.name)
+            used = f"{Path(use.run).name} {use.time[:10]}{'' if use.exists else ' (gone)'}" if use else "no run yet"
+            print(f"  {path.name:<44} {_described(manifest) if manifest else 'unfinished':<50}  {used}")
+
+
+def _described(manifest: Manifest) -> str:
+    shape = "x".join(["L", *map(str, manifest.shape)] if manifest.ragged else map(str, manifest.shape))
+    return f"{manifest.rows:>9,} rows  {shape:>9} {manifest.dtype:<8} {manifest.size / 2**20:>9,.1f} MiB"
+
+
+def check(cache: str, reextract: int) -> int:
+    """Read everything, print what is wrong, and return how many things are.
+
+    Args:
+        cache: its folder.
+        reextract: images of each column that are described again, to see how far this machine is from the cache.
+    """
+    problems = []
+    for folder in dataset_folders(cache):
+        found = list(verify(folder))
+        problems += found
+        if reextract and not any(problem.folder == folder for problem in found):
+            problems += _drifting(folder, reextract)
+    for problem in problems:
+        print(problem)
+    mend = "; `python -m pipeline cache repair` mends shards" if any(p.shard is not None for p in problems) else ""
+    print(f"{len(problems)} problems{mend}" if problems else "every shard is as its manifest says")
+    return len(problems)
+
+
+def _drifting(folder: Path, images: int) -> Iterator[Problem]:
+    dataset = open_dataset(folder)
+    for path in column_folders(folder):
+        try:
+            manifest = read_manifest(path)
+            if manifest is None:
+                continue
+            found = drift(dataset, path, manifest, images)
+        except CacheError as error:
+            yield Problem(path, str(error))
+            continue
+        print(found)
+        if found.cosine < DRIFT:
+            yield Problem(
+                path,
+                f"{path}: this machine describes rows otherwise (cosine {found.cosine:.4f}, expected {DRIFT} or more); "
+                "compare the environment in its manifest with this one, and mix what they say in no run",
+            )
+
+
+def explain(one: str, other: str) -> None:
+    """Print in what two columns or data sets differ."""
+    found = upkeep.explain(Path(one), Path(other))
+    print("\n".join(found) if found else "the same ingredients: nothing differs")
+
+
+def repair(cache: str, ray: RayConfig) -> int:
+    """Make again what is broken, print what was done, and return how many problems are left."""
+    left = 0
+    for folder in dataset_folders(cache):
+        problems = list(verify(folder))
+        if any(problem.shard is not None for problem in problems):
+            for problem in problems:
+                print(problem)
+            with ray_session(ray):
+                mended = upkeep.repair(open_dataset(folder), problems, FeaturizeConfig(max_quarantined=1.0))
+            print(f"made again what was broken in {', '.join(path.name for path in mended)}")
+            problems = list(verify(folder))
+        for problem in problems:
+            print(f"left: {problem}")
+        left += len(problems)
+    print(f"{left} problems are left" if left else "every shard is as its manifest says")
+    return left
+
+
+def gc(cache: str, days: float, *, delete: bool) -> None:
+    """Print what no run needs, and free it if `delete`."""
+    found = [one for folder in dataset_folders(cache) for one in upkeep.removable(folder, days)]
+    for one in found:
+        print(f"{one.folder}  {one.size / 2**20:,.1f} MiB  {one.reason}")
+    total = f"{sum(one.size for one in found) / 2**20:,.1f} MiB in {len(found)} folders"
+    if delete:
+        upkeep.remove(found)
+        print(f"freed {total}")
+    else:
+        print(
+            f"{total} would be freed by --delete"
+            if found
+            else "nothing to free: runs read every column, or it is young"
+        )

@@ -1,0 +1,250 @@
+"""Who used what, why two things differ, making again what is broken, freeing what nobody needs."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from featurize import describe
+from featurize.columns import open_column
+from featurize.config import FeaturizeConfig, ScenesConfig
+from featurize.datasets.scenes import read_scenes
+from featurize.fill import fill
+from featurize.index import index
+from featurize.manifest import CacheError, read_manifest
+from featurize.plan import plan
+from featurize.upkeep import explain, note_use, removable, remove, repair, uses
+from featurize.verify import drift, verify
+
+CONFIG = FeaturizeConfig(rows_per_shard=4, precision="float32", max_quarantined=0.5)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, ray_local):
+    """Ten pictures, described."""
+    folder = tmp_path_factory.mktemp("original")
+    samples = list(read_scenes(folder / "scenes", ScenesConfig(train=6, val=2, test=2)))
+    dataset = index(samples, "scenes", folder / "cache", max_quarantined=0)
+    fill(dataset, CONFIG, plan(dataset, CONFIG, ("pooled",), ("sentence", "tokens")))
+    return dataset
+
+
+@pytest.fixture
+def extracted(original, tmp_path):
+    """A copy to break: the data set and its column folders, by name."""
+    shutil.copytree(original.folder, tmp_path / original.folder.name)
+    dataset = replace(original, folder=tmp_path / original.folder.name)
+    return dataset, {path.name.partition("@")[0]: path for path in sorted(dataset.folder.glob("*@*"))}
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+
+
+def age(folder, days):
+    moment = time.time() - days * 86400
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (moment, moment))
+
+
+def test_broken_shards_are_made_again_and_no_others(extracted, capsys):
+    dataset, folders = extracted
+    before = {path: path.read_bytes() for folder in folders.values() for path in folder.glob("[!.]*")}
+    damage(folders["efficientnet-lite0.pooled"] / "000001.tar")
+    damage(folders["minilm.tokens"] / "000000.tar")
+    (folders["minilm.sentence"] / "000002.tar").unlink()
+    problems = list(verify(dataset.folder))
+    assert {(problem.folder, problem.shard) for problem in problems} == {
+        (folders["efficientnet-lite0.pooled"], 1),
+        (folders["minilm.tokens"], 0),
+        (folders["minilm.sentence"], 2),
+    }
+    repair(dataset, problems, CONFIG)
+    captions = [len(sample.captions) for sample in dataset.samples]
+    assert f"{4 + sum(captions[:4]) + sum(captions[8:])} rows to extract" in capsys.readouterr().out
+    assert not list(verify(dataset.folder))
+    after = {path: path.read_bytes() for folder in folders.values() for path in folder.glob("[!.]*")}
+    assert after == before
+
+
+def test_a_repair_with_another_network_gives_nothing_up(extracted, monkeypatch):
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    manifest = read_manifest(folder)
+    damage(folder / "000001.tar")
+    other = describe.image_encoder("efficientnet-lite0", "float32")
+    changed = replace(other.card, preprocessing={**other.card.preprocessing, "resize": [7, 7]})
+    monkeypatch.setattr(other, "card", changed)
+    with pytest.raises(
+        CacheError, match=r"is not the one that made it \(preprocessing.resize: \[224, 224\], \[7, 7\]\)"
+    ):
+        repair(dataset, verify(dataset.folder), CONFIG)
+    assert read_manifest(folder) == manifest
+
+
+def test_a_repair_without_the_images_gives_nothing_up(extracted, tmp_path):
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    manifest = read_manifest(folder)
+    damage(folder / "000001.tar")
+    other = tmp_path / "other.jpg"
+    other.write_bytes(b"other")
+    samples = [replace(sample, image=str(other), span=None) for sample in dataset.samples]
+    with pytest.raises(CacheError, match="is not the image that was indexed"):
+        repair(replace(dataset, samples=tuple(samples)), verify(dataset.folder), CONFIG)
+    assert read_manifest(folder) == manifest
+
+
+def test_rows_described_again_are_the_same_on_the_same_machine(extracted):
+    dataset, folders = extracted
+    for folder in folders.values():
+        found = drift(dataset, folder, read_manifest(folder), 3)
+        expected = 3 if "pooled" in folder.name else None
+        assert expected in (None, found.rows)
+        assert found.largest < 2e-2, found
+        assert found.cosine > 0.9999, found
+
+
+def test_drift_is_measured(extracted, make_column, make_dataset):
+    """One row with its sign turned: the cosine is that of opposites, the difference twice its largest value."""
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    manifest = read_manifest(folder)
+    stored = open_column(dataset, manifest.name, manifest.id)
+    row = np.array(stored.row(5), np.float64)
+    data = bytearray((folder / "000001.tar").read_bytes())
+    stride = stored.shards[1].stride
+    values = np.frombuffer(data, np.float16, 1280, stride + 640)
+    values[:] = -values
+    (folder / "000001.tar").write_bytes(data)
+    found = drift(dataset, folder, manifest, 10)
+    assert found.rows == 10
+    assert found.cosine == pytest.approx(-1, abs=1e-4)
+    assert found.largest == pytest.approx(2 * row.max(), rel=1e-2)
+
+
+def test_drift_of_a_changed_image_is_refused(extracted, tmp_path):
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    other = tmp_path / "other.jpg"
+    other.write_bytes(b"other")
+    samples = tuple(replace(sample, image=str(other), span=None) for sample in dataset.samples)
+    with pytest.raises(CacheError, match="is not the image that was indexed as"):
+        drift(replace(dataset, samples=samples), folder, read_manifest(folder), 2)
+
+
+def test_what_differs_between_columns_is_named(make_column, make_dataset):
+    dataset = make_dataset()
+    _, one = make_column(dataset, weights="a" * 64, preprocessing={"resize": [224, 224], "filter": "bicubic"})
+    _, other = make_column(dataset, weights="b" * 64, preprocessing={"resize": [240, 240], "filter": "bicubic"})
+    assert explain(one, other) == [f"weights: {'a' * 12}, {'b' * 12}", "preprocessing.resize: [224, 224], [240, 240]"]
+    assert explain(one, one) == []
+
+
+def test_what_differs_between_versions_is_named(make_samples, make_column, tmp_path):
+    samples = make_samples(tmp_path / "in")
+    first = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    (tmp_path / "in" / "2.jpg").write_bytes(b"changed")
+    changed = [
+        replace(samples[1], captions=("new",)),
+        samples[2],
+        replace(samples[3], split="val"),
+        replace(samples[0], image_id="new"),
+        samples[5],
+        samples[4],
+    ]
+    second = index(changed, "set", tmp_path / "cache", max_quarantined=0)
+    expected = [
+        "images only in the first: 1 (id0)",
+        "images only in the second: 1 (new)",
+        "images with other bytes: 1 (id2)",
+        "images with other captions: 1 (id1)",
+        "other splits: 1 (id3)",
+        "the order of the images",
+    ]
+    assert explain(first.folder, second.folder) == expected
+    columns = [make_column(dataset)[1] for dataset in (first, second)]
+    assert explain(*columns) == [f"dataset: {first.id[:12]}, {second.id[:12]}", *expected]
+
+
+def test_folders_that_cannot_be_compared_are_refused(make_column, make_dataset, tmp_path):
+    dataset = make_dataset()
+    _, column = make_column(dataset)
+    for one, other in ((column, dataset.folder), (tmp_path, tmp_path)):
+        with pytest.raises(CacheError, match=r"expected the folders of two columns .* or of two data sets"):
+            explain(one, other)
+
+
+def test_uses_are_remembered_once_for_each_run(make_dataset, tmp_path):
+    dataset = make_dataset()
+    assert uses(dataset.folder) == []
+    run = tmp_path / "runs" / "one"
+    note_use(dataset, run, [("b", "1" * 64), ("a", "2" * 64)])
+    note_use(dataset, run, [("b", "1" * 64)])
+    (use,) = uses(dataset.folder)
+    assert (use.run, use.columns, use.exists) == (str(run), ("b@11111111",), False)
+    run.mkdir(parents=True)
+    assert use.exists
+
+
+def test_what_no_run_reads_may_go(make_dataset, make_column, tmp_path):
+    dataset = make_dataset()
+    folders = {name: make_column(dataset, name)[1] for name in ("read", "gone", "never", "young", "locked")}
+    manifests = {name: read_manifest(folder) for name, folder in folders.items()}
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    note_use(dataset, run, [("read", manifests["read"].id)])
+    note_use(dataset, run.with_name("two"), [("gone", manifests["gone"].id), ("read", manifests["read"].id)])
+    for name in ("read", "gone", "never", "locked"):
+        age(folders[name], 9)
+    with FileLock(folders["locked"] / ".lock"):
+        found = removable(dataset.folder, 7)
+        assert {one.folder: one.reason for one in found} == {
+            folders["gone"]: f"its last run, {run.with_name('two')}, is gone; 9 days old",
+            folders["never"]: "no run reads it; 9 days old",
+        }
+        assert removable(dataset.folder, 10) == []
+    size = sum(path.stat().st_size for path in folders["gone"].iterdir())
+    assert next(one.size for one in found if one.folder == folders["gone"]) == size
+    remove(found)
+    assert {name for name, folder in folders.items() if folder.exists()} == {"read", "young", "locked"}
+
+
+def test_shared_shards_free_nothing(make_dataset, make_column):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    os.link(folder / "000000.tar", dataset.folder / "second name")
+    age(folder, 9)
+    (found,) = removable(dataset.folder, 7)
+    assert found.size == sum(path.stat().st_size for path in folder.iterdir() if path.name != "000000.tar")
+
+
+def test_a_data_set_that_nobody_needs_goes_as_a_whole(make_dataset, make_column, tmp_path):
+    dataset = make_dataset()
+    make_column(dataset)
+    unfinished = dataset.folder / "two.pooled@00000000"
+    unfinished.mkdir()
+    age(dataset.folder, 30)
+    (found,) = removable(dataset.folder, 7)
+    assert (found.folder, found.reason) == (dataset.folder, "no run reads any of its 2 columns; 30 days old")
+    note_use(dataset, tmp_path, [])
+    assert [one.reason for one in removable(dataset.folder, 7)] == [
+        "no run reads it; 30 days old",
+        "unfinished, no run reads it; 30 days old",
+    ]
+    remove([found])
+    assert not dataset.folder.exists()
+
+
+def test_a_use_survives_as_plain_json(make_dataset, tmp_path):
+    dataset = make_dataset()
+    note_use(dataset, tmp_path / "run", [("a", "1" * 64)])
+    (path,) = (dataset.folder / "uses").iterdir()
+    assert json.loads(path.read_text())["columns"] == ["a@11111111"]

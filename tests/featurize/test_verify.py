@@ -1,0 +1,134 @@
+"""What no longer is what it says is found."""
+
+import os
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from featurize.verify import verify
+
+
+def texts(dataset):
+    return [str(problem) for problem in verify(dataset.folder)]
+
+
+def test_a_sound_cache_has_no_problems(make_column, make_dataset):
+    dataset = make_dataset()
+    values = np.arange(18, dtype=np.float16).reshape(6, 3)
+    values[4] = np.nan
+    make_column(dataset, quarantined=(4,), values=values)
+    assert texts(dataset) == []
+
+
+def test_a_changed_byte(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    with (folder / "000001.tar").open("r+b") as file:
+        file.seek(700)
+        file.write(b"!")
+    (problem,) = verify(dataset.folder)
+    assert str(problem) == f"{folder / '000001.tar'}: changed since it was written (sha256 differs)"
+    assert (problem.folder, problem.shard) == (folder, 1)
+
+
+def test_a_gap(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset, shards=(2, 2, 2))
+    (folder / "000001.tar").unlink()
+    (problem,) = verify(dataset.folder)
+    assert (str(problem), problem.shard) == (f"{folder / '000001.tar'}: is missing", 1)
+
+
+def test_a_shard_too_many(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    shutil.copy(folder / "000001.tar", folder / "000002.tar")
+    (problem,) = verify(dataset.folder)
+    assert str(problem).startswith(f"{folder / '000002.tar'}: stands in no manifest")
+    assert problem.shard is None
+
+
+def test_rows_of_another_number(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset, shards=(4,))
+    assert texts(dataset) == [f"{folder}: 4 rows, but the data set has 6"]
+
+
+def test_rows_out_of_order(make_column, make_dataset):
+    dataset = make_dataset()
+    manifest, folder = make_column(dataset, shards=(3, 3))
+    swapped = (manifest.shards[1], manifest.shards[0])
+    for one, other in (("000000.tar", "kept"), ("000001.tar", "000000.tar"), ("kept", "000001.tar")):
+        (folder / one).rename(folder / other)
+    object.__setattr__(manifest, "shards", swapped)
+    manifest.write(folder)
+    assert [text.partition(": ")[2].partition(";")[0] for text in texts(dataset)] == [
+        "row 0 belongs to 'id3', expected 'id0'",
+        "row 0 belongs to 'id0', expected 'id3'",
+    ]
+
+
+def test_values_that_are_not_finite(make_column, make_dataset):
+    dataset = make_dataset()
+    values = np.zeros((6, 3), np.float16)
+    values[1, 2] = np.inf
+    _, folder = make_column(dataset, values=values)
+    assert texts(dataset) == [f"{folder / '000000.tar'}: row 1 holds values that are not finite"]
+
+
+def test_a_quarantined_row_that_holds_values(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset, quarantined=(5,))
+    assert texts(dataset) == [f"{folder / '000001.tar'}: row 1 is quarantined and holds values"]
+
+
+def test_values_of_another_kind(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset, values=np.zeros((6, 3), np.float32))
+    assert texts(dataset)[0] == f"{folder / '000000.tar'}: holds float32(3,), its manifest says float16(3,)"
+
+
+def test_an_unfinished_column(make_column, make_dataset):
+    dataset = make_dataset()
+    (dataset.folder / "two.pooled@00000000").mkdir()
+    assert texts(dataset) == [
+        f"{dataset.folder / 'two.pooled@00000000'}: unfinished (no manifest.json); run `featurize` again to finish it"
+    ]
+
+
+def test_a_damaged_manifest_hides_no_other_column(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    (folder / "manifest.json").write_text("{")
+    _, other = make_column(dataset, "two.pooled", values=np.full((6, 3), np.nan, np.float16))
+    first, *rest = texts(dataset)
+    assert first.startswith(f"{folder / 'manifest.json'}: damaged")
+    assert rest == [f"{other / f'00000{n}.tar'}: row 0 holds values that are not finite" for n in (0, 1)]
+
+
+def test_an_index_that_was_edited(make_dataset):
+    dataset = make_dataset()
+    path = dataset.folder / "samples.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.slice(1).replace_schema_metadata(table.schema.metadata), path)
+    assert f"its rows do not give the identity {dataset.id[:8]} that it states" in texts(dataset)[0]
+    path.write_bytes(b"gone")
+    assert "not a readable index" in texts(dataset)[0]
+
+
+def test_a_folder_that_was_renamed(make_dataset):
+    dataset = make_dataset()
+    moved = dataset.folder.with_name("set@00000000")
+    dataset.folder.rename(moved)
+    (problem,) = verify(moved)
+    assert "the folder was renamed" in str(problem)
+
+
+@pytest.mark.parametrize("size", [100, 2000])
+def test_a_cut_shard(make_column, make_dataset, size):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    os.truncate(folder / "000000.tar", size)
+    assert texts(dataset) == [f"{folder / '000000.tar'}: changed since it was written (sha256 differs)"]
