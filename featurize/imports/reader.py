@@ -83,7 +83,7 @@ class FeatureFile:
                 stored = self._stored(values, feature.output, row)
                 if place in found and not np.array_equal(found[place], stored, equal_nan=True):
                     raise DataError(
-                        f"{self.path}: {self._row(row)} and row {places[place][0]} are of one image, but their "
+                        f"{self.path}: {self._row(places[place][0])} and {self._row(row)} are of one image, but their "
                         f"{name!r} differ; expected copies"
                     )
                 found[place] = stored
@@ -92,7 +92,7 @@ class FeatureFile:
                         raise DataError(
                             f"{self.path}: {self._row(row)} holds NaN in {name!r}, and every caption must have values"
                         )
-                    failed[place] = f"{self._row(row)} of {self.path.name} holds NaN"
+                    failed[place] = f"{self._row(row)} holds NaN"
             absent = _absent(feature.output)
             answers[name] = [found.get(place, absent) for place in range(len(places))]
         for name in names:
@@ -119,8 +119,11 @@ class FeatureFile:
         return values.astype(np.float16)
 
     def _row(self, row: int) -> str:
-        name = f" ({self.source.keys.ids[row]!r})" if isinstance(self.source.keys, ById) else ""
-        return f"row {row}{name}"
+        """A row as messages name it."""
+        if isinstance(self.source.keys, ById):
+            return f"row {row} ({self.source.keys.ids[row]!r})"
+        part = next(part for part in self.source.keys.parts if part.first <= row < part.first + part.rows)
+        return f"row {row - part.first} of {part.file.name}"
 
 
 def _absent(output: Output) -> Array:

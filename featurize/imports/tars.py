@@ -39,7 +39,7 @@ def open_tars(path: Path, files: Sequence[Path], modality: Modality, table: Mapp
         if f"{name}.offset" in table:
             where = f"{path}, {name}"
             output = _output(name, table[f"{name}.shape"], table[f"{name}.dtype"].tolist(), modality, where)
-            features.append(Feature(output, _reader(files, table["file"], table[f"{name}.offset"], where)))
+            features.append(Feature(output, _reader(files, table["owner"], table[f"{name}.offset"], where)))
     if not features:
         raise DataError(f"{path}: found no members KEY.OUTPUT.npy, expected OUTPUT out of {', '.join(NAMES[modality])}")
     return Source({"format": "webdataset"}, tuple(features), ById(ids))
@@ -49,7 +49,7 @@ def read_members(files: Sequence[Path]) -> dict[str, Array]:
     """Where each sample's arrays stand.
 
     Returns:
-        "ids" (n,) text, "file" (n,) int64 which of the files; for each output NAME "NAME.offset" (n,) int64 of the
+        "ids" (n,) text, "owner" (n,) int64 which of the files; for each output NAME "NAME.offset" (n,) int64 of the
         npy, "NAME.shape" (n, 3) int64 with -1 for an axis that is not there, and "NAME.dtype" (n,) text.
 
     Raises:
@@ -72,7 +72,7 @@ def read_members(files: Sequence[Path]) -> dict[str, Array]:
             raise DataError(f"{files[number]}: sample {key!r} has no {lacking[0]!r}, which other samples have")
     table = {
         "ids": np.array([sample.get("id", key) for (_, key), sample in found.items()], np.str_),
-        "file": np.array([number for number, _ in found], np.int64),
+        "owner": np.array([number for number, _ in found], np.int64),
     }
     for name in names:
         table[f"{name}.offset"] = np.array([sample[name][0] for sample in found.values()], np.int64)
