@@ -79,7 +79,11 @@ class FeaturizeConfig:
     )
     rows_per_shard: int = field(default=256, metadata={"help": "images in a shard; one Ray task writes one"})
     precision: Literal["bfloat16", "float32"] = field(
-        default="bfloat16", metadata={"help": "arithmetic of the frozen forward pass; storage is float16"}
+        default="bfloat16", metadata={"help": "arithmetic of the frozen forward pass"}
+    )
+    storage: Literal["float16", "float32", "int8"] = field(
+        default="float16",
+        metadata={"help": "of features: float16, float32, or int8 with a scale for each vector"},
     )
     image_batch: int = field(default=8, metadata={"help": "images per forward pass (8 suits a CPU; GPUs want 128)"})
     text_batch: int = field(default=128, metadata={"help": "captions per forward pass"})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 Precision: TypeAlias = Literal["bfloat16", "float32"]
-DType: TypeAlias = Literal["float16", "int32"]
+DType: TypeAlias = Literal["float16", "float32", "int8", "int32"]
 
 
 class EncoderError(ValueError):

@@ -31,7 +31,7 @@ from featurize.manifest import (
     shard_path,
     write_record,
 )
-from featurize.shards import Array, row_key, write_shard
+from featurize.shards import Array, row_key, to_int8, write_shard
 from featurize.sharing import KnownRow, is_sound, read_row
 
 # One core a worker, and an allocator that keeps the pages of large activations instead of giving them back to the
@@ -159,8 +159,8 @@ def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord
         known = target.known_at(row)
         if row in described.failed or (known and known.reason):
             failed[row] = known.reason if known and known.reason else described.failed[row]
-            return _absent(target.output)
-        return read_row(known) if known else np.asarray(described.values[target.output.name][row], target.output.dtype)
+            return _as_stored(_absent(target.output), target.output)
+        return _as_stored(read_row(known) if known else described.values[target.output.name][row], target.output)
 
     path.with_suffix(".json").unlink(missing_ok=True)
     keys = task.keys
@@ -172,7 +172,12 @@ def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord
 
 def _absent(output: Output) -> Array:
     """What stands for a row that could not be described: nothing in a ragged column, NaN in a fixed one."""
-    return np.full((0, *output.shape) if output.ragged else output.shape, np.nan, output.dtype)
+    return np.full((0, *output.shape) if output.ragged else output.shape, np.nan, np.float16)
+
+
+def _as_stored(values: Array, output: Output) -> Array:
+    """As a column holds them; int8 is made of float16, so that it does not matter whether that was cached before."""
+    return to_int8(values.astype(np.float16)) if output.dtype == "int8" else values.astype(output.dtype)
 
 
 def _check_card(task: ShardTask, card: Card) -> None:

@@ -75,11 +75,13 @@ def _missing_shards(
         if record is not None and record.rows == rows:
             if not (retry and record.quarantined):
                 continue
-            here = [*rows_of(Donor(shard_path(column.folder, number), record, column.output.ragged))]
+            here = [
+                *rows_of(Donor(shard_path(column.folder, number), record, column.output.ragged, column.output.dtype))
+            ]
         if retry:
             here = [None if row is None or row.reason else row for row in here]
         taken += len(here) - here.count(None)
-        found = link(shard_path(column.folder, number), here)
+        found = link(shard_path(column.folder, number), here, column.output.dtype)
         if found is None:
             missing.append(_Shard(column, number, images, tuple(here)))
         else:

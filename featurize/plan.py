@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,8 @@ def plan(
     for modality, reference, card, views, wanted in encoders:
         safe = re.sub(r"[^A-Za-z0-9_-]", "-", card.name)
         for output, which in itertools.product(_outputs(card, reference, wanted), views):
+            vectors = output.dtype == "float16" and output.shape
+            stored = replace(output, dtype=config.storage) if vectors else output
             name = f"{safe}.{output.name}" + ("" if which == "plain" else f".{which}")
             ingredients = {
                 "format": FORMAT_VERSION,
@@ -173,10 +175,10 @@ def plan(
                 "preprocessing": card.preprocessing,
                 "output": output.name,
                 "view": which,
-                "dtype": output.dtype,
+                "dtype": stored.dtype,
             }
             folder = column_folder(dataset, name, identity(ingredients))
-            planned.append(PlannedColumn(name, modality, reference, output, which, ingredients, folder))
+            planned.append(PlannedColumn(name, modality, reference, stored, which, ingredients, folder))
     for wanted, modality in ((image_outputs, "image"), (text_outputs, "text")):
         for name in wanted:
             encoder, _, output_name = name.rpartition(".")

@@ -14,6 +14,10 @@ byte `i * stride + 640`, and the shard opens as one strided array over the mappe
 *Ragged* columns (tokens, lemmas): rows are (L_i, D) or (L_i,) with L_i >= 0; `<shard>.idx.npy` beside the
 tar, (rows, 2) int64, holds the byte at which row i's values begin and L_i. It can be rebuilt from the tar alone.
 
+*int8* columns: instead of each vector of D float16 numbers (a row, or a part of one) a record of its scale, float32,
+and D signed bytes; number i of the vector is `scale * values[i]`, and the scale is the largest absolute number / 127. A
+reader of this module gets float16 numbers; any other gets a structured array. A vector of NaN has the scale NaN.
+
 A key is the row's id with everything but letters, digits, `_` and `-` percent-encoded (so it is never a path, and
 webdataset splits it from its extension at the right dot); a caption's key is its image's key, `~` and its number.
 Ids too long for a tar header are cut and end in `~~` and 32 hex digits of their sha256.
@@ -146,7 +150,7 @@ def write_shard(path: Path, keys: Sequence[str], rows: Iterable[Array], *, ragge
                         f"but row 0 is {first.dtype}{first.shape}; one column holds one shape"
                     )
                 buffer = io.BytesIO()
-                np.lib.format.write_array(buffer, np.ascontiguousarray(row), version=(1, 0))
+                np.lib.format.write_array(buffer, np.asarray(row, order="C"), version=(1, 0))
                 info = tarfile.TarInfo(f"{key}.npy")
                 info.size = buffer.tell()
                 index[count] = file.length + _BLOCK + info.size - row.nbytes, len(row) if row.ndim else 0
@@ -174,11 +178,33 @@ def _key_at(data: Array, start: int) -> str:
     return data[start : start + 100].tobytes().split(b"\0", 1)[0].decode("utf-8").removesuffix(".npy")
 
 
+def to_int8(values: Array) -> Array:
+    """Numbers (..., D) as records (...,) of a float32 scale and D int8 values, by the largest absolute number."""
+    exact = values.astype(np.float32)
+    scale = np.abs(exact).max(-1, initial=0.0) / 127
+    records = np.empty(scale.shape, [("scale", "<f4"), ("values", "i1", exact.shape[-1:])])
+    records["scale"] = scale
+    with np.errstate(divide="ignore", invalid="ignore"):
+        records["values"] = np.nan_to_num(np.rint(exact / scale[..., None]))  # 0 where the scale is 0 or NaN
+    return records
+
+
+def _numbers(stored: Array) -> Array:
+    """What stored values stand for: records of int8 as float16, anything else as it is."""
+    if stored.dtype.names is None:
+        return stored
+    numbers: Array = (stored["values"] * stored["scale"][..., None]).astype(np.float16)
+    return numbers
+
+
 class Shard:
     """A mapped shard: rows without reading the tar.
 
     Attributes:
-        array: (rows, *shape) strided view of the mapped file (fixed columns only).
+        array: (rows, *shape) strided view of what is stored in the mapped file (fixed columns only).
+        stored: dtype of what is stored: "float16", "float32", "int8", "int32".
+        dtype: of the numbers.
+        shape: of a row's numbers; of one part of them where rows are ragged.
     """
 
     def __init__(self, path: Path, rows: int, *, ragged: bool = False) -> None:
@@ -187,24 +213,27 @@ class Shard:
         self.index: Array | None = None
         try:
             self._data: Array = np.memmap(path, np.uint8, "r")
-            shape, self.dtype, begin = _npy_header(self._data, 0)
+            shape, self._item, begin = _npy_header(self._data, 0)
             if ragged:
                 self.index = np.load(path.with_suffix(".idx.npy"), allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ShardError(
                 f"{path}: cannot be opened as a shard ({error}); `python -m pipeline cache verify` tells more"
             ) from error
-        self.shape = tuple(shape[1:]) if ragged else tuple(shape)
+        self._header = begin  # bytes before a member's values, the same for all: npy headers leave room for L
+        inner = tuple(shape[1:]) if ragged else tuple(shape)
+        vector = () if self._item.names is None else self._item["values"].shape
+        self.stored = "int8" if vector else self._item.name
+        self.dtype = np.dtype(np.float16) if vector else self._item
+        self.shape = inner + vector
+        self._inner = inner
         if self.index is not None:
-            row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
+            row_bytes = int(np.prod(inner)) * self._item.itemsize
             ends = self.index[:, 0] + self.index[:, 1] * row_bytes
             if len(self.index) != rows or (rows and int(ends.max()) > len(self._data)):
                 raise ShardError(f"{path}: {len(self.index)} rows indexed in {len(self._data)} bytes, expected {rows}")
-            self._words: Array = self._data[: len(self._data) // self.dtype.itemsize * self.dtype.itemsize].view(
-                self.dtype
-            )
             return
-        length = int(np.prod(shape)) * self.dtype.itemsize
+        length = int(np.prod(shape)) * self._item.itemsize
         self.stride = -(-(begin + length) // _BLOCK) * _BLOCK
         if len(self._data) < rows * self.stride:
             raise ShardError(
@@ -212,24 +241,25 @@ class Shard:
                 "that its manifest promises; it was cut or belongs to another column"
             )
         table = self._data[: rows * self.stride].reshape(rows, self.stride)
-        self.array: Array = table[:, begin : begin + length].view(self.dtype).reshape(rows, *shape)
+        self.array: Array = table[:, begin : begin + length].view(self._item).reshape(rows, *shape)
 
     def key(self, row: int) -> str:
         """The tar key of a row."""
         if self.index is None:
             return _key_at(self._data, row * self.stride)
-        header = 128 + _BLOCK  # the npy header of (L, D) is 128 bytes for every L below 10**9
-        return _key_at(self._data, int(self.index[row, 0]) - header)
+        return _key_at(self._data, int(self.index[row, 0]) - self._header)
 
     def row(self, row: int) -> Array:
-        """One row, (*shape) or ragged (L, *shape), a view of the mapped file."""
+        """One row, (*shape) or ragged (L, *shape); not quantised it is a view of the mapped file."""
         if self.index is None:
-            values: Array = self.array[row]
-            return values
+            return _numbers(self.array[row])
         begin, length = (int(value) for value in self.index[row])
-        width = int(np.prod(self.shape))
-        first = begin // self.dtype.itemsize
-        return self._words[first : first + length * width].reshape(length, *self.shape)
+        size = length * int(np.prod(self._inner)) * self._item.itemsize
+        return _numbers(self._data[begin : begin + size].view(self._item).reshape(length, *self._inner))
+
+    def gather(self, rows: Array) -> Array:
+        """Rows of a fixed column: (N,) int64 -> (N, *shape)."""
+        return _numbers(self.array[rows])
 
 
 class Column:
@@ -251,7 +281,7 @@ class Column:
         ]
         self.starts = np.concatenate([[0], np.cumsum(shard_rows)]).astype(np.int64)
         self.rows = int(self.starts[-1])
-        shapes = {(shard.shape, shard.dtype.str) for shard in self.shards}
+        shapes = {(shard.shape, shard.stored) for shard in self.shards}
         if len(shapes) != 1:
             raise ShardError(f"{folder}: shards of different shape or dtype: {sorted(shapes)}; expected one")
         self.shape = self.shards[0].shape
@@ -274,7 +304,7 @@ class Column:
         """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""
         out = np.empty((len(rows), *self.shape), self.dtype)
         for shard, inside, places in self._split(rows):
-            out[places] = shard.array[inside]
+            out[places] = shard.gather(inside)
         return out
 
     def gather_padded(self, rows: Array) -> tuple[Array, Array]:

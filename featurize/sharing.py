@@ -1,8 +1,9 @@
 """What versions of a data set have in common is not described again.
 
-A row is known if another data set of the same cache holds a finished column of the same making with a row of the same
-key and content: image bytes, or caption. Its values are copied. A shard of which all rows are known and stand in one
-shard, in the same order, is that shard: it becomes a second name (hard link) of the same file.
+A row is known if a data set of the same cache holds a finished column of the same making with a row of the same key and
+content: image bytes, or caption. Its values are copied; int8 columns are made of float16 ones too. A shard of which all
+rows are known and stand in one shard, in the same order, is that shard: it becomes a second name (hard link) of the
+same file.
 """
 
 import functools
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featurize.columns import row_keys
+from featurize.encoder import DType
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import CacheError, Manifest, Modality, ShardRecord, identity, read_manifest, shard_path
 from featurize.plan import PlannedColumn
@@ -27,11 +29,13 @@ class Donor:
         path: of the tar.
         record: its record.
         ragged: whether rows differ in length.
+        dtype: of what is stored.
     """
 
     path: Path
     record: ShardRecord
     ragged: bool
+    dtype: DType
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,15 @@ class KnownRow:
 
 
 def known_rows(dataset: Dataset, column: PlannedColumn) -> list[KnownRow | None]:
-    """For each row of a column that is to be made, where another data set of the cache holds it, or None."""
+    """For each row of a column that is to be made, where the cache holds it, or None; [] if it holds none."""
     known: dict[tuple[str, str], KnownRow] = {}
     making = _making(column.ingredients)
     for folder in sorted(dataset.folder.parent.glob(f"*@*/{column.name}@*")):
-        if folder.parent == dataset.folder:
-            continue
         try:
             manifest = read_manifest(folder)
             if manifest is None or _making(manifest.ingredients) != making:
+                continue
+            if manifest.dtype != column.output.dtype and (manifest.dtype, column.output.dtype) != ("float16", "int8"):
                 continue
             other = open_dataset(folder.parent)
         except CacheError:  # another data set's damage is its own: what it held is described again
@@ -74,7 +78,10 @@ def known_rows(dataset: Dataset, column: PlannedColumn) -> list[KnownRow | None]
 
 def donors(folder: Path, manifest: Manifest) -> list[Donor]:
     """A finished column's shards."""
-    return [Donor(shard_path(folder, number), record, manifest.ragged) for number, record in enumerate(manifest.shards)]
+    return [
+        Donor(shard_path(folder, number), record, manifest.ragged, manifest.dtype)
+        for number, record in enumerate(manifest.shards)
+    ]
 
 
 def rows_of(donor: Donor) -> list[KnownRow]:
@@ -84,7 +91,7 @@ def rows_of(donor: Donor) -> list[KnownRow]:
 
 def _making(ingredients: object) -> str:
     assert isinstance(ingredients, dict)
-    return identity({name: value for name, value in ingredients.items() if name != "dataset"})
+    return identity({name: value for name, value in ingredients.items() if name not in ("dataset", "dtype")})
 
 
 def _contents(dataset: Dataset, modality: Modality) -> list[tuple[str, str]]:
@@ -119,18 +126,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def link(path: Path, known: Sequence[KnownRow | None]) -> ShardRecord | None:
+def link(path: Path, known: Sequence[KnownRow | None], dtype: DType) -> ShardRecord | None:
     """Let a shard be another one whose rows are the same, in the same order.
 
     Args:
         path: of the tar that is missing.
         known: where its rows stand.
+        dtype: of what it is to hold.
 
     Returns:
         The shard's record; None if no single shard holds just these rows, or the file system knows no hard links.
     """
     first = known[0] if known else None
-    if first is None or list(known) != rows_of(first.donor):
+    if first is None or first.donor.dtype != dtype or list(known) != rows_of(first.donor):
         return None
     files = [(first.donor.path, path)]
     if first.donor.ragged:

@@ -88,8 +88,8 @@ def _shard_problem(path: Path, manifest: Manifest, number: int, keys: list[str])
     except ShardError as error:
         return str(error)
     described = f"{manifest.dtype}{manifest.shape}"
-    if f"{shard.dtype}{shard.shape}" != described:
-        return f"{path}: holds {shard.dtype}{shard.shape}, its manifest says {described}"
+    if f"{shard.stored}{shard.shape}" != described:
+        return f"{path}: holds {shard.stored}{shard.shape}, its manifest says {described}"
     return misplaced(shard, keys, range(shard.rows)) or _value_problem(path, shard, set(record.quarantined))
 
 

@@ -229,7 +229,9 @@ def _add_cache(cache: _Parser) -> None:
             name, help=summary, prog=prog, description=text, formatter_class=_layout, allow_abbrev=False
         )
         if whole:
-            added.add_argument("cache", nargs="?", default=RunConfig.cache, help="the cache; default %(default)s")
+            added.add_argument(
+                "cache", nargs="?", default=RunConfig.cache, metavar="CACHE", help="the cache; default %(default)s"
+            )
         return added
 
     ls = add("ls", "list data sets and columns: rows, shape, bytes, and the run that read them last")
@@ -251,7 +253,7 @@ def _add_cache(cache: _Parser) -> None:
     repair.add_argument("--address", default="", help="of a running Ray cluster; without it Ray is started here")
     repair.set_defaults(command=_cache_repair)
     gc = add("gc", "list what no run reads; with --delete free it")
-    gc.add_argument("--days", type=float, default=7, metavar="N", help="spare what is younger; default %(default)s")
+    gc.add_argument("--days", type=_days, default=7, metavar="N", help="spare what is younger; default %(default)s")
     gc.add_argument("--delete", action="store_true", help="free what is listed")
     gc.set_defaults(command=_cache_gc)
     export = add("export", "write columns as files for others; import:FILE reads them back", whole=False)
@@ -315,6 +317,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of 1 or more")
     return int(text)
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
+    if not days >= 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of 0 or more")
+    return days
 
 
 def _settings(args: argparse.Namespace) -> RunConfig:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from featurize.shards import Column, Shard, ShardError, row_key, write_shard
+from featurize.shards import Column, Shard, ShardError, row_key, to_int8, write_shard
 
 # webdataset leaves its last file to the garbage collector
 webdataset_leaves_files_open = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
@@ -70,6 +70,51 @@ def test_ragged_rows_of_whole_numbers(tmp_path):
     assert [row[kept].tolist() for row, kept in zip(padded, mask, strict=True)] == [[1] * 200, [], [5, 2**31 - 1], []]
     samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
     assert [sample["npy"].tolist() for sample in samples] == [row.tolist() for row in rows]
+
+
+def test_int8_keeps_every_number_within_half_a_step(tmp_path):
+    rng = np.random.default_rng(3)
+    values = (rng.normal(size=(7, 3, 5)) * 10.0 ** rng.integers(-3, 3, size=(7, 3, 1))).astype(np.float16)
+    values[2, 1] = 0
+    values[4] = np.nan
+    write_shard(tmp_path / "000000.tar", [row_key(f"{row}") for row in range(7)], map(to_int8, values))
+    column = Column("test", tmp_path, [7])
+    assert (column.shape, column.dtype, column.shards[0].stored) == ((3, 5), np.float16, "int8")
+    found = column.gather(np.array([5, 2, 4]))
+    assert np.isnan(found[2]).all()
+    np.testing.assert_array_equal(column.row(5), found[0])
+    np.testing.assert_array_equal(found[1][1], 0)
+    for row in (0, 1, 2, 3, 5, 6):
+        exact, kept = values[row].astype(np.float64), column.row(row).astype(np.float64)
+        step = np.abs(exact).max(-1, keepdims=True) / 127
+        assert (np.abs(exact - kept) <= step / 2 + 1e-3 * np.abs(exact)).all()
+        assert (kept.argmax(-1) == exact.argmax(-1)).all()  # the largest number is hit exactly, but for float16
+
+
+def test_int8_of_one_vector(tmp_path):
+    """By hand: the largest of 0.5, -1, 0.251 is 1, so the step is 1 / 127."""
+    write_shard(tmp_path / "000000.tar", ["x"], [to_int8(np.array([0.5, -1, 0.251]))])
+    record = Column("test", tmp_path, [1]).shards[0].array[0]
+    assert record["scale"] == np.float32(1 / 127)
+    assert record["values"].tolist() == [64, -127, 32]
+    assert Column("test", tmp_path, [1]).row(0).tolist() == pytest.approx([64 / 127, -1, 32 / 127], abs=5e-4)
+
+
+@webdataset_leaves_files_open
+def test_ragged_rows_in_int8(tmp_path):
+    rng = np.random.default_rng(4)
+    rows = [rng.normal(size=(length, 5)).astype(np.float16) for length in (3, 0, 200, 1)]
+    write_shard(tmp_path / "000000.tar", [row_key("id", k) for k in range(4)], map(to_int8, rows), ragged=True)
+    column = Column("tokens", tmp_path, [4], ragged=True)
+    assert (column.shape, column.dtype) == ((5,), np.float16)
+    assert [column.shards[0].key(row) for row in range(4)] == [f"id~{row}" for row in range(4)]
+    padded, mask = column.gather_padded(np.array([2, 1, 0]))
+    assert mask.sum(1).tolist() == [200, 0, 3]
+    for place, row in enumerate((2, 1, 0)):
+        np.testing.assert_allclose(padded[place][mask[place]], rows[row], atol=4 / 127 / 2)
+    samples = list(webdataset.WebDataset(str(tmp_path / "000000.tar"), shardshuffle=False).decode())
+    for sample, row in zip(samples, rows, strict=True):
+        np.testing.assert_array_equal(sample["npy"], to_int8(row))
 
 
 @webdataset_leaves_files_open

@@ -103,6 +103,48 @@ def test_changed_bytes_are_described_again(cache, pictures):
     assert [(task.view, task.number, task.unknown) for task in tasks] == [("plain", 2, [1]), ("crop", 2, [1])]
 
 
+def test_int8_is_made_of_float16_without_a_network(cache, pictures, capsys):
+    half = made(cache, pictures[:10])
+    config = replace(CONFIG, storage="int8")
+    columns = plan(half[0], config, ("pooled",), ("sentence", "tokens"))
+    assert {column.output.dtype for column in columns} == {"int8"}
+    capsys.readouterr()
+    fill(half[0], config, columns)
+    assert "0 columns found, 0 rows to extract" in capsys.readouterr().out
+    assert not list(verify(half[0].folder))
+    for column in columns:
+        kept = open_column(half[0], column.name, half[1][column.name].id)
+        small = open_column(half[0], column.name, column.id)
+        if column.name != "minilm.sentence":  # 768 bytes are not worth it: a member of a tar takes 512 at a time
+            assert read_manifest(column.folder).size < 0.8 * read_manifest(half[1][column.name].folder).size
+        for row in range(kept.rows):
+            atol = np.abs(kept.row(row)).max() / 127
+            np.testing.assert_allclose(small.row(row), kept.row(row), atol=atol, rtol=0)
+
+
+def test_int8_is_the_same_with_and_without_float16_beside_it(cache, pictures, tmp_path, ray_local):
+    config = replace(CONFIG, storage="int8")
+    both = [(index(pictures[:10], "scenes", place, max_quarantined=0)) for place in (cache, tmp_path)]
+    planned = [plan(dataset, config, ("pooled",), ("tokens",)) for dataset in both]
+    for dataset, columns in zip(both, planned, strict=True):
+        fill(dataset, config, columns)
+    for one, other in zip(*planned, strict=True):
+        assert read_manifest(one.folder).shards == read_manifest(other.folder).shards
+
+
+def test_float32_is_described_anew_and_keeps_more(cache, pictures):
+    half = made(cache, pictures[:10])
+    config = replace(CONFIG, storage="float32", views=("plain",))
+    (column,) = plan(half[0], config, ("pooled",), ())
+    tasks, known = tasks_for(half[0], config, [column])
+    assert (rows_to_describe(tasks), known) == (10, 0)
+    fill(half[0], config, [column])
+    full = open_column(half[0], column.name, column.id).gather(np.arange(10))
+    assert full.dtype == np.float32
+    kept = open_column(half[0], column.name, half[1][column.name].id).gather(np.arange(10))
+    np.testing.assert_array_equal(full.astype(np.float16), kept)
+
+
 def test_damage_is_not_handed_on(pictures, tmp_path, ray_local):
     _, columns = made(tmp_path, pictures[:4])
     tar = columns["efficientnet-lite0.pooled"].folder / "000000.tar"

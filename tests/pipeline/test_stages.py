@@ -341,26 +341,6 @@ def test_evaluation_is_repeatable(done):
     assert again["rsum"] == pytest.approx(json.loads((done / "metrics.json").read_text())["rsum"])
 
 
-def test_the_cache_is_listed_and_verified(place, done, capsys):
-    assert type_in("cache", "ls", place / "cache") == 0
-    listed = capsys.readouterr().out
-    assert "64 images, 320 captions" in listed
-    assert "minilm.sentence@" in listed
-    assert type_in("cache", "verify", place / "cache") == 0
-    assert "every shard is as its manifest says" in capsys.readouterr().out
-
-
-def test_a_damaged_cache_is_reported(place, done, capsys):
-    tar = next((place / "cache").glob("scenes@*/minilm.sentence@*/000000.tar"))
-    whole = tar.read_bytes()
-    try:
-        tar.write_bytes(whole[:-1] + b"!")
-        assert type_in("cache", "verify", place / "cache") == 1
-        assert f"{tar}: missing or changed" in capsys.readouterr().out
-    finally:
-        tar.write_bytes(whole)
-
-
 def test_training_without_features_says_what_to_type(place, done, capsys):
     arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "third", *SMALL)
     code = type_in("train", "less", *arguments, "--featurize.images", "efficientnet-lite1")
@@ -409,6 +389,38 @@ def test_an_interrupted_run_is_resumed_in_its_mlflow_run(place, done, monkeypatc
     assert client(place).get_run(run_id).info.status == "FINISHED"
     metrics = [json.loads((place / "runs" / name / "metrics.json").read_text()) for name in ("first", "broken")]
     assert metrics[0] == metrics[1]
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(place, done, monkeypatch, capsys):
+    """Its source holds other pictures by then; the version that it is pinned to is still in the cache."""
+    from train import loop
+
+    names = (done.parent / "pinned", "--cache", place / "cache", "--runs", place / "runs", "--name", "pinned")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "validate", lambda _self, _epoch: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert type_in("train", "less", *names[1:], *SMALL) == 130
+    folder = names[0]
+    pin = json.loads((folder / "cache.json").read_text())
+    assert pin["columns"].keys() == {"efficientnet-lite0.pooled", "minilm.sentence", "lexicon-en.lemmas"}
+    monkeypatch.setattr("pipeline.stages.load", lambda *_: pytest.fail("the source was read"))
+    assert type_in("train", "--resume", folder) == 0
+    assert (folder / "metrics.json").read_bytes() == (done / "metrics.json").read_bytes()
+
+
+def test_a_run_whose_data_is_gone_is_not_continued(place, done, tmp_path, capsys):
+    folder = tmp_path / "lost"
+    folder.mkdir()
+    for name in ("config.yaml", "cache.json"):
+        (folder / name).write_bytes((done / name).read_bytes())
+    pin = json.loads((folder / "cache.json").read_text())
+    for changes, message in (
+        ({"dataset": str(tmp_path / "set@0")}, "not a readable index"),
+        ({"id": "0" * 64}, "lost began with 0000"),
+        ({"columns": {"minilm.sentence": "0" * 64}}, "not in the cache (there is minilm.sentence@"),
+    ):
+        (folder / "cache.json").write_text(json.dumps({**pin, **changes}))
+        assert type_in("train", "--resume", folder) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_all_four_packages_come_from_this_repository():

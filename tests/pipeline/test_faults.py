@@ -1,0 +1,251 @@
+"""Extraction under faults, with real processes: after a restart the cache is what an undisturbed job makes.
+
+Nothing is lost, nothing is there twice, finished shards are left alone, and every file has the same bytes.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+IMAGES, SHARD = 160, 8
+CAPTIONS = 5 * IMAGES
+ROWS = IMAGES + 2 * CAPTIONS  # one image encoder, two text encoders
+SETTINGS = [
+    *("--data.scenes.train", "140", "--data.scenes.val", "10", "--data.scenes.test", "10"),
+    *("--featurize.images", "efficientnet-lite0", "--featurize.views", "plain"),
+    *("--featurize.rows_per_shard", str(SHARD), "--ray.cpus", "2", "--ray.object_store_mb", "100"),
+]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Rendered pictures, and the files of a cache that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    out, code = finish(featurize(folder / "cache", folder / "pictures"))
+    assert code == 0, out
+    assert rows_in(out) == ROWS
+    return folder / "pictures", files(folder / "cache")
+
+
+def arguments(cache, pictures):
+    return ["featurize", "less", "--cache", str(cache), "--root", str(pictures), *SETTINGS]
+
+
+def start(command, **environment):
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def featurize(cache, pictures, **environment):
+    return start([sys.executable, "-m", "pipeline", *arguments(cache, pictures)], **environment)
+
+
+def finish(process):
+    out, _ = process.communicate()
+    return out, process.returncode
+
+
+def files(cache):
+    """Content of all that a cache holds, by path; hidden files are locks and what a killed writer left."""
+    found = (path for path in cache.rglob("[!.]*") if path.is_file() and path.name != "samples.parquet")
+    return {str(path.relative_to(cache)): path.read_bytes() for path in found}
+
+
+def rows_in(out):
+    """How many rows a job said that it had to extract."""
+    return int(re.search(r"(\d+) rows to extract", out)[1])
+
+
+def records(cache):
+    """The finished shards of unfinished columns: record -> (inode, change time) of the tar."""
+    return {
+        path: (status.st_ino, status.st_mtime_ns)
+        for path in cache.glob("*@*/*@*/0*.json")
+        for status in [path.with_suffix(".tar").stat()]
+    }
+
+
+def wait_for(condition, process):
+    """Until something is true; what it is."""
+    end = time.monotonic() + 120
+    while not (found := condition()):
+        assert process.poll() is None, finish(process)[0]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return found
+
+
+def kill_driver(process, cache):
+    """Kill a job when some shards are finished and others are being made; the finished ones."""
+    wait_for(lambda: len(records(cache)) >= 5, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    psutil.wait_procs(family, timeout=60)  # Ray's processes end with their driver
+    finish(process)
+    done = records(cache)
+    assert 5 <= len(done) < ROWS // SHARD
+    return done
+
+
+def rows_of(record):
+    return int(re.search(r'"rows": (\d+)', record.read_text())[1])
+
+
+def check_restart(cache, pictures, done, expected, **environment):
+    """The same command again recomputes no finished row and ends in the same bytes."""
+    finished = sum(map(rows_of, done))
+    out, code = finish(featurize(cache, pictures, **environment))
+    assert code == 0, out
+    assert rows_in(out) / ROWS == 1 - finished / ROWS
+    for record, (inode, changed) in done.items():
+        status = record.with_suffix(".tar").stat()
+        assert (status.st_ino, status.st_mtime_ns) == (inode, changed)
+    assert files(cache) == expected
+    assert not list(cache.rglob(".*.tmp"))
+
+
+def test_a_killed_worker(undisturbed, tmp_path):
+    pictures, expected = undisturbed
+    process = featurize(tmp_path, pictures)
+    wait_for(lambda: len(records(tmp_path)) >= 3, process)
+    before = records(tmp_path)
+
+    def busy():
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if "ray::extract_shard" in "".join(child.cmdline())]
+
+    wait_for(busy, process)[0].send_signal(signal.SIGKILL)
+    out, code = finish(process)
+    assert code == 0, out
+    assert files(tmp_path) == expected
+    tars = {record: record.with_suffix(".tar").stat() for record in before}
+    assert {record: (status.st_ino, status.st_mtime_ns) for record, status in tars.items()} == before
+
+
+def test_a_killed_driver(undisturbed, tmp_path):
+    pictures, expected = undisturbed
+    done = kill_driver(featurize(tmp_path, pictures), tmp_path)
+    (next(tmp_path.glob("*@*/efficientnet*")) / ".000019.tar.killed.tmp").write_bytes(b"half")
+    check_restart(tmp_path, pictures, done, expected)
+
+
+def test_a_node_that_is_lost(undisturbed, tmp_path):
+    pictures, expected = undisturbed
+    script = tmp_path / "lose_a_node.py"
+    script.write_text(
+        f"""
+import sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import ray
+from ray.cluster_utils import Cluster
+from pipeline.__main__ import main
+
+small = {{"object_store_memory": 100 * 2**20}}
+cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, **small}})
+lost, _ = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+ray.init(cluster.address, runtime_env={{"env_vars": {{"PYTHONPATH": {str(ROOT)!r}}}}})
+
+def lose():
+    while len(list(Path({str(tmp_path)!r}).glob("cache/*@*/*@*/0*.json"))) < 5:
+        time.sleep(0.01)
+    cluster.remove_node(lost, allow_graceful=False)
+    print("LOST", flush=True)
+
+threading.Thread(target=lose, daemon=True).start()
+sys.exit(main({arguments(tmp_path / "cache", pictures)!r}))
+"""
+    )
+    out, code = finish(start([sys.executable, str(script)], RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0"))
+    assert code == 0, out
+    assert "LOST" in out
+    assert files(tmp_path / "cache") == expected
+
+
+def test_a_full_disk(undisturbed, tmp_path):
+    """The cache lies on a file system of its own that is too small at first."""
+    pictures, expected = undisturbed
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*mount, f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    command = " ".join([sys.executable, "-m", "pipeline", *arguments(tmp_path, pictures)])
+    kept = tmp_path.with_name("kept")
+    script = f"""
+        mount -t tmpfs -o size=1500k tmpfs {tmp_path}
+        {command}; echo "CODE $?"
+        find {tmp_path} -name '0*.json' | wc -l | sed 's/^/RECORDS /'
+        find {tmp_path} -name '.*.tmp' | wc -l | sed 's/^/LEFT /'
+        mount -o remount,size=20m {tmp_path}
+        {command}; echo "CODE $?"
+        cp -a {tmp_path} {kept}
+    """
+    out, code = finish(start([*mount, script]))
+    assert code == 0, out
+    assert re.findall(r"CODE (\d)", out) == ["2", "0"], out
+    assert re.search(r"error: .*: no room for shard \d+ \(No space left on device\); what is finished stays", out)
+    assert "LEFT 0" in out
+    finished = int(re.search(r"RECORDS (\d+)", out)[1])
+    assert finished
+    again = [int(rows) for rows in re.findall(r"(\d+) rows to extract", out)]
+    assert again[0] == ROWS
+    assert again[1] <= ROWS - SHARD * finished
+    assert files(kept) == expected
+
+
+def test_two_jobs_at_once(undisturbed, tmp_path):
+    pictures, expected = undisturbed
+    jobs = [featurize(tmp_path, pictures) for _ in range(2)]
+    done = [finish(job) for job in jobs]
+    assert [code for _, code in done] == [0, 0], done
+    assert sorted(rows_in(out) for out, _ in done) == [0, ROWS]
+    assert sum("waiting for another job that makes " in out for out, _ in done) == 1
+    assert files(tmp_path) == expected
+
+
+CLOCK = """
+import os, time
+_time, _time_ns = time.time, time.time_ns
+def _shift():
+    try:
+        with open(os.environ["SHIFT"]) as file:
+            return int(file.read() or 0)
+    except FileNotFoundError:
+        return 0
+time.time = lambda: _time() + _shift()
+time.time_ns = lambda: _time_ns() + _shift() * 10**9
+"""
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_a_clock_that_jumps(undisturbed, tmp_path, days):
+    """While a job runs, and again before it is restarted; what is finished bears times of the future, or the past."""
+    pictures, expected = undisturbed
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    shift = tmp_path / "shift"
+    clock = {"SHIFT": str(shift), "PYTHONPATH": str(tmp_path)}
+    cache = tmp_path / "cache"
+    process = featurize(cache, pictures, **clock)
+    wait_for(lambda: records(cache), process)
+    shift.write_text(str(days * 86400))
+    kill_driver(process, cache)
+    moment = time.time() - days * 86400
+    for path in cache.rglob("*"):
+        os.utime(path, (moment, moment))
+    shift.unlink()
+    check_restart(cache, pictures, records(cache), expected, **clock)

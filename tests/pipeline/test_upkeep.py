@@ -1,0 +1,132 @@
+"""The `cache` commands on a real cache, as they are typed."""
+
+import shutil
+
+import pytest
+
+from featurize.index import open_dataset
+from featurize.upkeep import note_use
+from pipeline.__main__ import main
+
+SETTINGS = [
+    *("--data.scenes.train", "6", "--data.scenes.val", "2", "--data.scenes.test", "2"),
+    *("--featurize.images", "efficientnet-lite0", "--featurize.views", "plain", "--featurize.rows_per_shard", "4"),
+]
+
+
+def type_in(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, ray_local):
+    folder = tmp_path_factory.mktemp("original") / "cache"
+    assert type_in("featurize", "less", "--cache", folder, *SETTINGS) == 0
+    return folder
+
+
+@pytest.fixture
+def cache(original, tmp_path):
+    shutil.copytree(original, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def dataset_folder(cache):
+    (found,) = cache.glob("scenes@*")
+    return found
+
+
+def column(cache, name):
+    (found,) = dataset_folder(cache).glob(f"{name}@*")
+    return found
+
+
+def test_ls_shows_what_is_there_and_who_used_it(cache, tmp_path, capsys):
+    folder = column(cache, "minilm.sentence")
+    run = tmp_path / "runs" / "first"
+    note_use(open_dataset(folder.parent), run, [("minilm.sentence", folder.name.rpartition("@")[2] + "0" * 56)])
+    (folder.parent / "later.pooled@00000000").mkdir()
+    assert type_in("cache", "ls", cache) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"{folder.parent.name}  10 images, 50 captions, 1 runs  {folder.parent.name[7:]}")
+    words = {line.split()[0]: line for line in lines}
+    assert "50 rows" in words[folder.name]
+    assert "384 float16" in words[folder.name]
+    assert words[folder.name].endswith(" (gone)")
+    assert " first 20" in words[folder.name]
+    assert words[column(cache, "lexicon-en.lemmas").name].endswith("no run yet")
+    assert "unfinished" in words["later.pooled@00000000"]
+
+
+def test_verify_and_repair(cache, capsys):
+    assert type_in("cache", "verify", cache) == 0
+    assert "every shard is as its manifest says" in capsys.readouterr().out
+    tar = column(cache, "minilm.sentence") / "000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1] + b"!")
+    assert type_in("cache", "verify", cache) == 1
+    out = capsys.readouterr().out
+    assert f"{tar}: changed since it was written" in out
+    assert "1 problems; `python -m pipeline cache repair` mends shards" in out
+    assert type_in("cache", "repair", cache) == 0
+    out = capsys.readouterr().out
+    assert "0 columns found, 20 rows to extract" in out
+    assert f"made again what was broken in {tar.parent.name}" in out
+    assert tar.read_bytes() == whole
+    assert type_in("cache", "repair", cache) == 0
+    assert capsys.readouterr().out == "every shard is as its manifest says\n"
+
+
+def test_what_repair_cannot_mend_is_left(cache, capsys):
+    (column(cache, "minilm.sentence") / "manifest.json").write_text("{")
+    assert type_in("cache", "repair", cache) == 1
+    out = capsys.readouterr().out
+    assert "left: " in out
+    assert "manifest.json: damaged" in out
+    assert out.endswith("1 problems are left\n")
+
+
+def test_verify_describes_rows_again(cache, capsys):
+    assert type_in("cache", "verify", cache, "--reextract", 2) == 0
+    out = capsys.readouterr().out
+    for name, rows in (("efficientnet-lite0.pooled", 2), ("minilm.sentence", 10), ("lexicon-en.lemmas", 10)):
+        (line,) = [line for line in out.splitlines() if line.startswith(str(column(cache, name)))]
+        assert f": {rows} rows again, largest difference " in line
+        assert float(line.rpartition(" ")[2]) > 0.9999
+
+
+def test_drift_is_a_problem(cache, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.upkeep.DRIFT", 1.1)
+    assert type_in("cache", "verify", cache, "--reextract", 1) == 1
+    assert capsys.readouterr().out.count("this machine describes rows otherwise (cosine ") == 3
+
+
+def test_a_damaged_cache_is_not_described_again(cache, capsys):
+    (dataset_folder(cache) / "samples.parquet").write_bytes(b"gone")
+    assert type_in("cache", "verify", cache, "--reextract", 1) == 1
+    assert "rows again" not in capsys.readouterr().out
+
+
+def test_explain(cache, capsys):
+    one, other = column(cache, "minilm.sentence"), column(cache, "efficientnet-lite0.pooled")
+    assert type_in("cache", "explain", one, one) == 0
+    assert capsys.readouterr().out == "the same ingredients: nothing differs\n"
+    assert type_in("cache", "explain", one, other) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "column: minilm.sentence, efficientnet-lite0.pooled" in lines
+    assert any(line.startswith("weights: ") for line in lines)
+    assert type_in("cache", "explain", one, cache) == 2
+    assert "expected the folders of two columns" in capsys.readouterr().err
+
+
+def test_gc_shows_first_and_deletes_on_demand(cache, capsys):
+    assert type_in("cache", "gc", cache) == 0
+    assert capsys.readouterr().out == "nothing to free: runs read every column, or it is young\n"
+    assert type_in("cache", "gc", cache, "--days", "0") == 0
+    out = capsys.readouterr().out
+    assert f"{dataset_folder(cache)}  " in out
+    assert "MiB in 1 folders would be freed by --delete" in out
+    assert column(cache, "minilm.sentence").exists()
+    assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
+    assert "freed " in capsys.readouterr().out
+    assert not list(cache.glob("scenes@*"))
