@@ -200,7 +200,7 @@ def _read_imported(task: ShardTask, rows: Sequence[int], imported: ImportedRows)
     features = open_import(task.encoder, task.modality, imported.cache)
     _check_card(task, features.card)
     outputs = [target.output for target in task.targets] or task.card.outputs
-    answers, failed = features.read([output.name for output in outputs], [imported.places[row] for row in rows])
+    answers, failed = features.read(outputs, [imported.places[row] for row in rows])
     values = {name: dict(zip(rows, found, strict=True)) for name, found in answers.items()}
     return Described(values, {rows[place]: reason for place, reason in failed.items()})
 

@@ -30,7 +30,7 @@ class ImportedRows:
         return ImportedRows(self.cache, tuple(self.places[row] for row in rows))
 
 
-_LARGEST = float(np.finfo(np.float16).max)
+_FLOAT16, _FLOAT32 = (float(np.finfo(dtype).max) for dtype in (np.float16, np.float32))
 
 
 @dataclass(frozen=True)
@@ -58,50 +58,44 @@ class FeatureFile:
         """
         return locate(self.source.keys, samples, incomplete, self.modality, self.path)
 
-    def read(self, names: Sequence[str], places: Sequence[Place]) -> tuple[dict[str, list[Array]], dict[int, str]]:
-        """Values as they are stored (float16, or int32 where they are whole numbers), read in the file's order.
+    def read(self, outputs: Sequence[Output], places: Sequence[Place]) -> tuple[dict[str, list[Array]], dict[int, str]]:
+        """Values, read in the file's order and checked to fit the type that they are to be stored in.
 
         Args:
-            names: of outputs.
+            outputs: some of the card's, or the same to be stored in another type.
             places: the rows of the file that hold a row of the answer.
 
         Returns:
-            Output name -> one array for each place, NaN (or nothing, if ragged) where there are no values; place ->
-            why there are none.
+            Output name -> one array for each place, float32, or int32 where numbers are whole; NaN (or nothing, if
+            ragged) where there are no values; place -> why there are none.
 
         Raises:
-            DataError: a value is beyond float16, or rows that should be copies of each other differ.
+            DataError: a value is beyond the type, or rows that should be copies of each other differ.
         """
         asked = sorted((row, place) for place, rows in enumerate(places) for row in rows)
         rows = np.array([row for row, _ in asked], np.int64)
         failed = {place: f"no row in {self.path.name}" for place, found in enumerate(places) if not found}
-        answers: dict[str, list[Array]] = {}
-        for name in names:
-            feature = next(feature for feature in self.source.features if feature.output.name == name)
-            found: dict[int, Array] = {}
-            for (row, place), values in zip(asked, feature.read(rows), strict=True):
-                stored = self._stored(values, feature.output, row)
-                if place in found and not np.array_equal(found[place], stored, equal_nan=True):
+        answers: dict[str, dict[int, Array]] = {}
+        for output in outputs:
+            feature = next(feature for feature in self.source.features if feature.output.name == output.name)
+            found = answers.setdefault(output.name, {})
+            for (row, place), raw in zip(asked, feature.read(rows), strict=True):
+                values = self._checked(raw, output, row)
+                if place in found and not np.array_equal(found[place], values, equal_nan=True):
                     raise DataError(
                         f"{self.path}: {self._row(places[place][0])} and {self._row(row)} are of one image, but their "
-                        f"{name!r} differ; expected copies"
+                        f"{output.name!r} differ; expected copies"
                     )
-                found[place] = stored
-                if np.isnan(stored).any():
-                    if self.modality == "text":
-                        raise DataError(
-                            f"{self.path}: {self._row(row)} holds NaN in {name!r}, and every caption must have values"
-                        )
-                    failed[place] = f"{self._row(row)} holds NaN"
-            absent = _absent(feature.output)
-            answers[name] = [found.get(place, absent) for place in range(len(places))]
-        for name in names:
-            output = next(output for output in self.card.outputs if output.name == name)
-            for place in failed:
-                answers[name][place] = _absent(output)
-        return answers, dict(sorted(failed.items()))
+                found[place] = values
+                if np.isnan(values).any():
+                    failed[place] = self._nan(output, row)
+        absent = {output.name: _absent(output) for output in outputs}
+        return {
+            name: [absent[name] if place in failed else found[place] for place in range(len(places))]
+            for name, found in answers.items()
+        }, dict(sorted(failed.items()))
 
-    def _stored(self, values: Array, output: Output, row: int) -> Array:
+    def _checked(self, values: Array, output: Output, row: int) -> Array:
         shape = values.shape[1:] if output.ragged else values.shape
         if shape != output.shape:
             raise DataError(f"{self.path}: {self._row(row)} has the shape {values.shape}, expected {output.shape}")
@@ -111,12 +105,26 @@ class FeatureFile:
                 raise DataError(f"{self.path}: {self._row(row)} holds numbers beyond 32 bits")
             return values.astype(np.int32)
         largest = float(np.max(np.abs(values), initial=0.0, where=~np.isnan(values)))
-        if largest > _LARGEST:
+        limit = _FLOAT32 if output.dtype == "float32" else _FLOAT16
+        if largest > limit:
             raise DataError(
-                f"{self.path}: {self._row(row)} holds {largest:g} in {output.name!r}, beyond float16's "
-                f"{_LARGEST:g}, in which features are stored; divide the features by a constant"
+                f"{self.path}: {self._row(row)} holds {largest:g} in {output.name!r}, beyond the {limit:g} that can be "
+                f"stored as {output.dtype}; divide the features by a constant, or store them with "
+                "--featurize.storage float32"
             )
-        return values.astype(np.float16)
+        return values.astype(np.float32)
+
+    def _nan(self, output: Output, row: int) -> str:
+        """Why a row that holds NaN has no values.
+
+        Raises:
+            DataError: it is a caption's.
+        """
+        if self.modality == "text":
+            raise DataError(
+                f"{self.path}: {self._row(row)} holds NaN in {output.name!r}, and every caption must have values"
+            )
+        return f"{self._row(row)} holds NaN"
 
     def _row(self, row: int) -> str:
         """A row as messages name it."""
@@ -128,6 +136,5 @@ class FeatureFile:
 
 def _absent(output: Output) -> Array:
     """What stands for a row without values: nothing in a ragged column, NaN in a fixed one."""
-    return np.full(
-        (0, *output.shape) if output.ragged else output.shape, np.nan if output.dtype == "float16" else 0
-    ).astype(output.dtype)
+    shape = (0, *output.shape) if output.ragged else output.shape
+    return np.zeros(shape, np.int32) if output.dtype == "int32" else np.full(shape, np.nan, np.float32)

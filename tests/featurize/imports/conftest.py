@@ -39,7 +39,8 @@ def imported(opened, samples):
 
     def read(path, name, modality="image", of=None):
         features = opened(path, modality)
-        answers, failed = features.read([name], features.places(of or samples, NONE_LOST))
+        output = next(output for output in features.card.outputs if output.name == name)
+        answers, failed = features.read([output], features.places(of or samples, NONE_LOST))
         return answers[name], failed
 
     return read

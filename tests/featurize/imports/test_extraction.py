@@ -80,13 +80,24 @@ def test_only_wanted_outputs_are_read(dataset, regions, monkeypatch):
     asked = []
     read = FeatureFile.read
 
-    def noted(self, names, places):
-        asked.append((tuple(names), len(places)))
-        return read(self, names, places)
+    def noted(self, outputs, places):
+        asked.append((tuple(output.name for output in outputs), len(places)))
+        return read(self, outputs, places)
 
     monkeypatch.setattr(FeatureFile, "read", noted)
     extract(dataset, replace(CONFIG, images=(f"import:{regions[0]}",)), ("pooled",))
     assert asked == [(("pooled",), 3), (("pooled",), 3), (("pooled",), 1)]
+
+
+@pytest.mark.parametrize(("storage", "error"), [("float32", 0), ("float16", 0.25), ("int8", 1.25)])
+def test_they_are_stored_as_asked(dataset, tmp_path, values, storage, error):
+    array = values(7, 8) + np.float32(0.001)
+    np.save(tmp_path / "a.npy", array)
+    config = replace(CONFIG, images=(f"import:{tmp_path / 'a.npy'}",), storage=storage)
+    columns = extract(dataset, config, ("pooled",))
+    found = open_column(dataset, "import-a.pooled", columns["import-a.pooled"].id).gather(np.arange(7))
+    assert np.abs(found.astype(np.float32) - array).max() <= error
+    assert (error == 0) == np.array_equal(found, array)
 
 
 def test_captions_by_position(dataset, tmp_path, values):

@@ -120,8 +120,22 @@ def test_values_beyond_float16_are_refused(path, imported, values, value):
     array = values(7, 8)
     array[3, 2] = value
     np.save(path, array)
-    with pytest.raises(DataError, match=r"row 3 of features.npy holds .* in 'pooled', beyond float16's 65504"):
+    with pytest.raises(DataError, match=r"row 3 of features.npy holds .* in 'pooled', beyond the 65504 that can"):
         imported(path, "pooled")
+
+
+def test_float32_has_room_for_them(path, opened, samples, values):
+    array = values(7, 8)
+    array[3, 2] = 1e5 + 0.25
+    np.save(path, array)
+    features = opened(path)
+    wide = [Output("pooled", (8,), dtype="float32")]
+    found, _ = features.read(wide, features.places(samples, frozenset()))
+    np.testing.assert_array_equal(found["pooled"], array)
+    np.save(path, array.astype(np.float64) * 1e38)
+    features = opened(path)
+    with pytest.raises(DataError, match=r"row .* beyond the 3.40282e\+38 that can be stored as float32"):
+        features.read(wide, features.places(samples, frozenset()))
 
 
 def test_the_row_is_named_by_its_id(path, tmp_path, imported, values):
@@ -147,7 +161,7 @@ def test_a_row_without_values_has_none_in_any_output(tmp_path, opened, samples, 
     grid[2, 0, 0] = np.nan
     np.savez(tmp_path / "a.npz", pooled=pooled, grid=grid)
     features = opened(tmp_path / "a.npz")
-    found, failed = features.read(["pooled", "grid"], features.places(samples, frozenset()))
+    found, failed = features.read(features.card.outputs, features.places(samples, frozenset()))
     assert list(failed) == [2]
     assert np.isnan(found["pooled"][2]).all()
     np.testing.assert_array_equal(found["pooled"][3], pooled[3])
@@ -171,7 +185,7 @@ def test_an_absent_ragged_row_is_empty(tmp_path, imported, values):
     np.savez(tmp_path / "a.npz", **{f"picture-{number}": values(2 + number, 8) for number in range(6)})
     found, failed = imported(tmp_path / "a.npz", "tokens")
     assert failed == {6: "no row in a.npz"}
-    assert (found[6].shape, found[6].dtype) == ((0, 8), np.float16)
+    assert (found[6].shape, found[6].dtype) == ((0, 8), np.float32)
 
 
 def test_rows_are_read_in_the_file_s_order(opened, path, samples, monkeypatch):
@@ -186,7 +200,7 @@ def test_rows_are_read_in_the_file_s_order(opened, path, samples, monkeypatch):
         return feature.read(rows)
 
     source = replace(features.source, features=(replace(feature, read=read),))
-    found, _ = FeatureFile(path, "image", features.card, source).read(["pooled"], [(5,), (), (2,), (6,)])
+    found, _ = FeatureFile(path, "image", features.card, source).read([Output("pooled", (8,))], [(5,), (), (2,), (6,)])
     assert asked == [2, 5, 6]
     np.testing.assert_array_equal(found["pooled"][0], np.load(path)[5])
 

@@ -41,7 +41,7 @@ def test_regions_boxes_and_their_mean(tmp_path, rows, opened, imported):
     regions, failed = imported(path, "regions")
     assert failed == {}
     for number, found in enumerate(regions):
-        assert found.dtype == np.float16
+        assert found.dtype == np.float32
         np.testing.assert_array_equal(found, by_id[f"picture-{number}"])
     boxes, _ = imported(path, "boxes")
     np.testing.assert_array_equal(boxes[2], [[0, 0, 1, 1], [0.25, 0.25, 0.5, 0.5], [0.75, 0.5, 1, 1]])
