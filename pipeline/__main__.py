@@ -202,7 +202,7 @@ def build_parser() -> _Parser:
     join.add_argument("--runs", default=RunConfig.runs, metavar="DIR", help="the folder of runs; default %(default)s")
     join.set_defaults(command=_join)
 
-    _add_cache(add("cache", "ls|verify|explain|repair|gc ...", "look after the feature cache", CACHE_HELP))
+    _add_cache(add("cache", "ls|verify|explain|repair|export|gc ...", "look after the feature cache", CACHE_HELP))
 
     submit = add(
         "submit",

@@ -30,7 +30,6 @@ from featurize.imports.source import (
 from featurize.shards import Array
 
 OFFSETS = ".offsets"
-_GAP = 16
 
 
 def open_npy(path: Path, modality: Modality) -> Source:
@@ -168,7 +167,7 @@ def open_safetensors(path: Path, modality: Modality) -> Source:
         def read(rows: Array) -> Iterator[Array]:
             row_bytes = 4 * int(np.prod(shapes[name][1:]))
             with safe_open(path, "pt") as file:
-                for first, last in blocks(rows, rows + 1, _GAP, row_bytes):
+                for first, last in blocks(rows, rows + 1, 0, row_bytes):
                     start = int(rows[first])
                     block = _as_numpy(file.get_slice(name)[start : int(rows[last - 1]) + 1])
                     yield from (block[row - start] for row in rows[first:last])

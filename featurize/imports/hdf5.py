@@ -35,7 +35,6 @@ from featurize.imports.source import (
 from featurize.shards import Array
 
 VALUES, OFFSETS = "values", "offsets"
-_GAP = 16  # rows of a dataset without chunks that are read in vain rather than skipped
 
 
 @contextmanager
@@ -162,7 +161,7 @@ def _feature(
     found = file[dataset]
     shape, where = found.shape[1:], f"{path}, {dataset}"
     row_bytes = int(np.prod(shape)) * found.dtype.itemsize
-    gap = found.chunks[0] if found.chunks else _GAP
+    gap = found.chunks[0] if found.chunks else 0  # a chunk is read whole, so what lies in it costs nothing more
     if bounds is None:
         output = output_of(name, shape, found.dtype, modality, where)
     else:
@@ -192,9 +191,10 @@ def slices_of(
     def read(rows: Array) -> Iterator[Array]:
         begins, ends = (rows, rows + 1) if bounds is None else (bounds[rows, 0], bounds[rows, 1])
         with _opened(path) as file:
+            values = file[dataset]
             for first, last in blocks(begins, ends, gap, row_bytes):
                 start = int(begins[first])
-                block = file[dataset][start : int(ends[last - 1])]
+                block = values[start : int(ends[last - 1])]
                 for begin, end in zip(begins[first:last] - start, ends[first:last] - start, strict=True):
                     yield block[begin] if bounds is None else block[begin:end]
 
