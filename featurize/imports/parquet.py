@@ -27,6 +27,8 @@ from featurize.imports.source import (
 )
 from featurize.shards import Array
 
+_BATCH = 256
+
 
 def open_parquet(path: Path, modality: Modality) -> Source:
     """A table with columns that are called as encoders call their outputs.
@@ -76,17 +78,31 @@ def _output(name: str, kind: Any, modality: Modality, path: Path) -> Output:
 def _reader(path: Path, name: str, starts: Array) -> Callable[[Array], Iterator[Array]]:
     def read(rows: Array) -> Iterator[Array]:
         owner = np.searchsorted(starts, rows, side="right") - 1
-        with pq.ParquetFile(path) as file:
-            for group in np.unique(owner).tolist():
-                column = file.read_row_group(group, [name]).column(0)
-                for row in (rows[owner == group] - starts[group]).tolist():
-                    yield _values(column[row])
+        try:
+            with pq.ParquetFile(path) as file:
+                for group in np.unique(owner).tolist():
+                    yield from _rows_of_group(file, name, group, rows[owner == group] - starts[group])
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}, {name}: cannot be read ({error}); every row must hold a list") from error
 
     return read
 
 
+def _rows_of_group(file: Any, name: str, group: int, rows: Array) -> Iterator[Array]:
+    """Ascending rows of a row group, with some hundred in memory at a time: others write all rows as one group."""
+    first, done = 0, 0
+    for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[name]):
+        inside = rows[done : np.searchsorted(rows, first + batch.num_rows)] - first
+        yield from (_values(batch.column(0)[row]) for row in inside.tolist())
+        first, done = first + batch.num_rows, done + len(inside)
+        if done == len(rows):
+            return
+
+
 def _values(cell: Any) -> Array:
-    """A cell's numbers, (D,) or (L, D)."""
+    """A cell's numbers, (D,) or (L, D); none where the cell is empty."""
+    if not cell.is_valid:
+        return np.empty(0, np.float32)
     values = cell.values
     shape = [len(values)]
     while pa.types.is_fixed_size_list(values.type):

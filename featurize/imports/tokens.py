@@ -186,11 +186,8 @@ def npy_header(file: Any, where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _array(path: Path, name: str) -> Array:
-    try:
-        with zipfile.ZipFile(path) as file:
-            return _member(file, name, path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path}: not an npz file ({error})") from error
+    with zipfile.ZipFile(path) as file:
+        return _member(file, name, path)
 
 
 def _member(file: zipfile.ZipFile, name: str, path: Path) -> Array:

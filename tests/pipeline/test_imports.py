@@ -4,6 +4,8 @@ import pytest
 
 from pipeline import upkeep
 from pipeline.__main__ import main
+from pipeline.config import RunConfig, merge
+from pipeline.jobs import absolute
 
 SMALL = [
     *("--data.scenes.train", "12", "--data.scenes.val", "6", "--data.scenes.test", "2"),
@@ -57,6 +59,14 @@ def test_export_says_what_it_left_out(monkeypatch, capsys, left_out, text):
     monkeypatch.setattr(upkeep.features, "export", lambda *_: left_out)
     upkeep.export(["a"], "out.h5", "h5")
     assert text in capsys.readouterr().out
+
+
+def test_a_job_gets_imports_by_their_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bua.h5").touch()
+    changes = {"featurize.images": ("import:bua.h5",), "featurize.texts": ("import:/data/clip",)}
+    changed = absolute(merge(RunConfig(), changes, "")).featurize
+    assert (changed.images, changed.texts) == ((f"import:{tmp_path}/bua.h5",), ("import:/data/clip",))
 
 
 @pytest.mark.slow

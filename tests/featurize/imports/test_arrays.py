@@ -212,6 +212,43 @@ def test_a_table_of_lists(tmp_path, values, opened, imported):
     np.testing.assert_array_equal(imported(path, "pooled")[0], array[::-1])
 
 
+def test_a_table_in_one_large_group(tmp_path, opened):
+    array = np.arange(1000, dtype=np.float32).reshape(-1, 1)
+    pq.write_table(
+        pa.table({"pooled": pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), 1)}), tmp_path / "a.parquet"
+    )
+    read = opened(tmp_path / "a.parquet").source.features[0].read
+    rows = np.array([3, 255, 256, 700, 999])
+    np.testing.assert_array_equal(list(read(rows)), array[rows])
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "kind", "message"),
+    [
+        ("pooled", [1.0, 2.0], pa.list_(pa.float32(), 2), r"pooled: cannot be read .* every row must hold a list"),
+        (
+            "tokens",
+            [[1.0, 2.0]],
+            pa.list_(pa.list_(pa.float32(), 2)),
+            r"row 6 of a.parquet has the shape \(0,\), expected",
+        ),
+    ],
+)
+def test_an_empty_cell_is_refused(tmp_path, imported, name, cell, kind, message):
+    path = write_table(tmp_path / "a.parquet", **{name: pa.array([cell] * 6 + [None], kind)})
+    with pytest.raises(DataError, match=message):
+        imported(path, name)
+
+
+def test_offsets_that_do_not_fit(tmp_path, values, opened):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    np.save(folder / "regions.npy", values(9, 8))
+    np.save(folder / "regions.offsets.npy", np.array([0, 4, 3, 9]))
+    with pytest.raises(DataError, match="regions: offsets must rise from 0 to the 9 rows of the values"):
+        opened(folder)
+
+
 def test_a_table_without_ids(tmp_path, values, imported):
     array = values(7, 8)
     column = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), 8)

@@ -100,6 +100,17 @@ def test_they_are_stored_as_asked(dataset, tmp_path, values, storage, error):
     assert (error == 0) == np.array_equal(found, array)
 
 
+def test_regions_of_different_number_are_a_ragged_column(dataset, tmp_path, values):
+    rows = {f"picture-{number}": values(1 + number, 8) for number in range(6)}
+    np.savez(tmp_path / "r.npz", **rows)
+    columns = extract(dataset, replace(CONFIG, images=(f"import:{tmp_path / 'r.npz'}",)), ("tokens",))
+    column = open_column(dataset, "import-r.tokens", columns["import-r.tokens"].id)
+    np.testing.assert_array_equal(column.row(4), rows["picture-4"])
+    assert len(column.row(6)) == 0
+    assert read_manifest(column.folder).missing.tolist() == [6]
+    assert [str(problem) for problem in verify(dataset.folder)] == []
+
+
 def test_captions_by_position(dataset, tmp_path, values):
     array = values(35, 8)
     np.save(tmp_path / "clip.npy", array)

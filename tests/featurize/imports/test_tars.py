@@ -68,6 +68,15 @@ def test_members_that_do_not_fit(tmp_path, opened, members, message):
         opened(path)
 
 
+def test_links_are_passed_over(tmp_path, values, opened):
+    path = write_tar(tmp_path / "a.tar", {"picture-0.pooled.npy": npy(values(8))})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("picture-1.pooled.npy")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    assert opened(path).source.keys.ids == ["picture-0"]
+
+
 def test_a_file_of_another_kind(tmp_path, opened):
     (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(DataError, match=r"a.tar: not a tar"):
