@@ -143,9 +143,9 @@ class Searcher:
             return self.model.index_vectors(self.model.mean_of_views(views))
 
     def _picture_features(self, pictures: Sequence[Image.Image], number: int) -> Features:
-        answers: dict[str, dict[str, Array]] = {}
+        answers: dict[str, dict[str, list[Array]]] = {}
 
-        def column(ref: ColumnRef) -> Array:
+        def column(ref: ColumnRef) -> list[Array]:
             if ref.encoder not in answers:
                 encoder = image_encoder(ref.encoder, self.inputs.precision)
                 _check_weights(ref, encoder.card)
@@ -153,11 +153,10 @@ class Searcher:
                 answers[ref.encoder] = describe_images(encoder, prepared, batch=8)
             return answers[ref.encoder][ref.output]
 
-        parts = tuple(_stored(column(views[number])) for views in self.inputs.image_parts)
+        vectors = [np.stack(column(views[number])) for views in self.inputs.image_vectors]
+        parts = [_padded([_stored(row) for row in column(views[number])]) for views in self.inputs.image_parts]
         return Features(
-            _joined([column(views[number]) for views in self.inputs.image_vectors], len(pictures)),
-            parts,
-            tuple(torch.ones(part.shape[:2], dtype=torch.bool) for part in parts),
+            _joined(vectors, len(pictures)), tuple(part for part, _ in parts), tuple(mask for _, mask in parts)
         )
 
     @cached_property

@@ -63,6 +63,7 @@ class FeaturizeConfig:
         metadata={
             "help": "image encoders, joined at training: efficientnet-lite0|1|2, "
             "torchvision:NAME[@random|@default|@FILE], transformers:FOLDER-OR-HUB-NAME, "
+            "regions:DETECTOR[@WEIGHTS][+ENCODER][+k=36][+score=0.2] with ssd-mobilenet or fasterrcnn_... as DETECTOR, "
             "import:PATH (features that others extracted)"
         },
     )

@@ -112,8 +112,8 @@ class Described:
 def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     """Describe one shard's rows and publish a tar for each target; returns column folder -> record.
 
-    A row whose image cannot be decoded, or is not in an imported file, is written as NaN and noted in the record: rows
-    keep their places.
+    A row whose image cannot be decoded, or is not in an imported file, is written as NaN (empty, where rows differ in
+    length) and noted in the record: rows keep their places.
 
     Raises:
         CacheError: this machine opens another network under the same reference than the driver did, or the disk is

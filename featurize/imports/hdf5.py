@@ -164,12 +164,10 @@ def _feature(
     gap = found.chunks[0] if found.chunks else 0  # a chunk is read whole, so what lies in it costs nothing more
     if bounds is None:
         output = output_of(name, shape, found.dtype, modality, where)
+    elif len(counts := set((bounds[:, 1] - bounds[:, 0]).tolist())) == 1 and found.dtype.kind == "f":
+        output = output_of(name, (*counts, *shape), found.dtype, modality, where)
     else:
-        counts = set((bounds[:, 1] - bounds[:, 0]).tolist())
-        fixed = len(counts) == 1 and modality == "image"
-        whole = (*counts, *shape) if fixed else shape
-        describe = output_of if fixed else ragged_output
-        output = describe(name, whole, found.dtype, modality, where)
+        output = ragged_output(name, shape, found.dtype, modality, where)
     return Feature(output, slices_of(path, dataset, bounds, gap, row_bytes))
 
 

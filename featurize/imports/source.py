@@ -14,7 +14,7 @@ from featurize.shards import Array
 Modality = Literal["image", "text"]
 
 NAMES: dict[Modality, tuple[str, ...]] = {
-    "image": ("pooled", "grid", "coarse", "tokens", "regions", "boxes", "spatial", "scores"),
+    "image": ("pooled", "grid", "coarse", "tokens", "regions", "boxes", "spatial", "scores", "labels", "placed"),
     "text": ("sentence", "tokens", "lemmas"),
 }
 """What arrays may be called: as encoders call their outputs."""
@@ -120,7 +120,7 @@ def blocks(begins: Array, ends: Array, gap: int, row_bytes: int) -> Iterator[tup
 def output_of(name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic], modality: Modality, where: str) -> Output:
     """The output that rows of a fixed shape are stored as.
 
-    Parts of captions are always ragged, because towers read them so. Whole numbers are for captions only.
+    Parts of captions are always ragged, because towers read them so. Whole numbers of images are for ragged rows only.
 
     Raises:
         DataError: a row's shape or dtype is none that a tower reads.
@@ -144,7 +144,7 @@ def ragged_output(
     Raises:
         DataError: see `output_of`.
     """
-    if dtype.kind == "f" or modality == "image":
+    if dtype.kind not in "iu":
         output_of(name, (1, *shape), dtype, modality, where)
     return Output(name, shape, ragged=True, dtype="int32" if dtype.kind in "iu" else "float16")
 

@@ -121,6 +121,24 @@ def test_ragged_regions_there_and_back(tmp_path, dataset, column, numbers, kind)
         np.testing.assert_array_equal(back, row)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_scores_and_labels_there_and_back(tmp_path, dataset, column, numbers, kind, same):
+    counts = [3] * 6 if same else [1, 3, 2, 2, 1, 4]
+    scores = [numbers(count) for count in counts]
+    labels = [np.arange(count, dtype=np.int32) + 70_000 for count in counts]
+    folders = [
+        column(Output("scores", (), ragged=True), scores),
+        column(Output("labels", (), ragged=True, dtype="int32"), labels),
+    ]
+    target = target_of(tmp_path, kind)
+    export(folders, target, kind)
+    for name, rows in (("scores", scores), ("labels", labels)):
+        found, failed = read_back(tmp_path, target, name, dataset)
+        assert failed == {}
+        for row, back in zip(rows, found[name], strict=True):
+            np.testing.assert_array_equal(back, row)
+
+
 def test_rows_without_values_are_left_out(tmp_path, dataset, column, numbers, kind):
     rows = numbers(6, 5)
     rows[4] = np.nan

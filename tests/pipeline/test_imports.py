@@ -1,7 +1,9 @@
 """The road of a run on imported features, and columns on their way out, as a user types them."""
 
+import numpy as np
 import pytest
 
+from featurize.index import open_dataset
 from pipeline import upkeep
 from pipeline.__main__ import main
 from pipeline.config import RunConfig, merge
@@ -71,12 +73,16 @@ def test_a_job_gets_imports_by_their_absolute_path(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_on_features_that_went_out_and_in(tmp_path, capsys, ray_local):
-    """Extract, export, train on extracted and imported features together, search."""
+    """Extract, export, train on extracted and imported features together, of which some are ragged, and search."""
     cache, runs = tmp_path / "cache", tmp_path / "runs"
     assert type_in("featurize", "infonce", "--cache", cache, *SMALL) == 0
     (column,) = cache.glob("scenes@*/efficientnet-lite0.pooled@*")
     assert type_in("cache", "export", column, tmp_path / "theirs.h5") == 0
-    wanted = ("--featurize.images", f"efficientnet-lite0,import:{tmp_path / 'theirs.h5'}")
+    rng = np.random.default_rng(0)
+    parts = {s.image_id: rng.normal(size=(1 + n % 4, 8)) for n, s in enumerate(open_dataset(column.parent).samples)}
+    np.savez(tmp_path / "parts.npz", **parts)
+    images = ("efficientnet-lite0", *(f"import:{tmp_path / name}" for name in ("theirs.h5", "parts.npz")))
+    wanted = ("--featurize.images", ",".join(images), "--train.model.image.parts", "tokens")
     place = ("--cache", cache, "--runs", runs, "--name", "first")
     assert type_in("run", "infonce", *place, *SMALL, *wanted, "--featurize.views", "plain") == 0
     (tars, copies) = (
@@ -88,5 +94,8 @@ def test_a_run_on_features_that_went_out_and_in(tmp_path, capsys, ray_local):
     assert "  1  " in capsys.readouterr().out
     picture = next(cache.glob("scenes/**/*.png"), None) or next(cache.glob("scenes/**/*.jpg"))
     assert type_in("search", runs / "first", picture) == 2
-    assert "a picture cannot be asked: the model reads import-theirs.pooled" in capsys.readouterr().err
+    assert (
+        "a picture cannot be asked: the model reads import-theirs.pooled, import-parts.tokens of"
+        in capsys.readouterr().err
+    )
     assert type_in("cache", "verify", cache) == 0
