@@ -1,8 +1,8 @@
 """What every frozen network has in common: how it is called, what it says, what it is, and how it computes.
 
-Image encoders are in `featurize.images`, text encoders in `featurize.texts`. One more kind fits without a change here:
-features that are imported from a file (h5, npy, tsv) have a `Card` (weights = sha256 of the file) with outputs of the
-same names, but nothing to prepare or encode: their reader takes the place of the encoder.
+Image encoders are in `featurize.images`, text encoders in `featurize.texts`. Features that others have extracted
+(`featurize.imports`) have a `Card` (weights = sha256 of the file) with outputs of the same names, but nothing to
+prepare or encode: their reader takes the place of the encoder.
 """
 
 import hashlib
