@@ -1,7 +1,7 @@
 """What a cache holds, by what name, and whether it can be trusted.
 
     <cache>/<dataset>@<id8>/samples.parquet       one row an image, in order: the rows of every image column
-                            quarantine.jsonl      what could not be used: image_id, stage, reason
+                            quarantine.jsonl      what could not be used: image_id, stage, reason, sha256, columns
                             <column>@<id8>/000000.tar ... manifest.json
 
 The eight hex digits are the beginning of an identity: the sha256 of everything that determines the content. A data
@@ -180,7 +180,7 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
             data = sample.read()
         except (OSError, ValueError) as error:
             return "", f"{type(error).__name__}: {error}"
-        return (hashlib.sha256(data).hexdigest(), "") if data else ("", f"{sample.image}: the file is empty")
+        return (hashlib.sha256(data).hexdigest(), "") if data else ("", f"the file is empty: {sample.image}")
 
     everything = list(samples)
     kept: list[Sample] = []
@@ -191,8 +191,9 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
         for sample, (sha256, reason) in zip(everything, hashed, strict=True):
             captions, caption_problems = _usable_captions(sample)
             problems += [replace(problem, sha256=sha256) for problem in caption_problems]
-            if _is_broken(sample.image_id):
-                problems.append(Quarantined(sample.image_id, "read", "the image id is not UTF-8", sha256))
+            names = {"image id": sample.image_id, "path": sample.image, "split": sample.split}
+            if broken := [what for what, name in names.items() if _is_broken(name)]:
+                problems.append(Quarantined(sample.image_id, "read", f"the {broken[0]} is not UTF-8", sha256))
             elif reason:
                 problems.append(Quarantined(sample.image_id, "read", reason))
             elif captions:
@@ -250,14 +251,14 @@ def open_dataset(folder: Path) -> Dataset:
     )
     quarantine = folder / "quarantine.jsonl"
     lines = quarantine.read_text("utf-8").splitlines() if quarantine.exists() else []
-    problems = (Quarantined(**{k: v for k, v in json.loads(line).items() if k != "column"}) for line in lines)
+    rejected = (line for line in map(json.loads, lines) if line["stage"] != "decode" and not line.get("columns"))
     return Dataset(
         metadata[b"name"].decode(),
         metadata[b"dataset_id"].decode(),
         folder,
         samples,
         tuple(row["sha256"] for row in rows),
-        tuple(problem for problem in problems if problem.stage != "decode"),
+        tuple(Quarantined(line["image_id"], line["stage"], line["reason"], line["sha256"]) for line in rejected),
     )
 
 
@@ -438,18 +439,26 @@ def _key_problems(dataset: Dataset, manifest: Manifest, column: Column, *, ends_
 
 
 def write_quarantine(dataset: Dataset, manifests: Iterable[Manifest]) -> list[Quarantined]:
-    """Gather what indexing and extraction left out in `quarantine.jsonl`; returns the extraction's part."""
-    lines = [{**asdict(problem), "column": ""} for problem in dataset.quarantine]
-    decoded: dict[str, Quarantined] = {}
+    """Gather what indexing and extraction left out in `quarantine.jsonl`; returns the extraction's part, by image.
+
+    First comes the index's part, then the images that extraction could not use, in row order: one line for an image
+    and a reason, with the columns that miss it.
+    """
+    lines = [{**asdict(problem), "columns": []} for problem in dataset.quarantine]
+    failed: dict[tuple[int, str], list[str]] = {}
     for manifest in manifests:
         reasons = (reason for shard in manifest.shards for reason in shard.reasons)
-        for row, reason in zip(manifest.missing, reasons, strict=True):
-            problem = Quarantined(dataset.samples[row].image_id, "decode", reason, dataset.digests[row])
-            decoded[problem.image_id] = problem
-            lines.append({**asdict(problem), "column": manifest.name})
+        for row, reason in zip(manifest.missing.tolist(), reasons, strict=True):
+            failed.setdefault((row, reason), []).append(manifest.name)
+    images: dict[int, Quarantined] = {}
+    for (row, reason), columns in sorted(failed.items()):
+        stage = "decode" if reason.startswith("DecodeError") else "read"
+        problem = Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row])
+        images.setdefault(row, problem)
+        lines.append({**asdict(problem), "columns": sorted(columns)})
     text = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in lines)
     publish(dataset.folder / "quarantine.jsonl", text.encode())
-    return list(decoded.values())
+    return list(images.values())
 
 
 def list_columns(dataset_folder: Path) -> list[tuple[Path, Manifest | None]]:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,8 +37,10 @@ from featurize.config import FeaturizeConfig, View
 from featurize.datasets.sample import Sample
 from featurize.encoder import Card, ImageEncoder, Output, TextEncoder
 from featurize.images import open_image_encoder
-from featurize.images.decode import DecodeError, decode
+from featurize.images.decode import DecodeError
+from featurize.images.decoder import Decoder
 from featurize.images.views import view
+from featurize.quarantine import lost_images, summary
 from featurize.shards import Array, publish, row_key, write_shard
 from featurize.texts import open_text_encoder
 
@@ -93,6 +94,7 @@ class ShardTask:
         targets: (output name, ragged, column folder) to write.
         batch: rows in a forward pass.
         rows: rows that each target gets.
+        decode_timeout: seconds that decoding one image may take.
     """
 
     modality: Modality
@@ -105,6 +107,7 @@ class ShardTask:
     targets: tuple[tuple[str, bool, Path], ...]
     batch: int
     rows: int
+    decode_timeout: float = FeaturizeConfig.decode_timeout
 
 
 def _device() -> str:
@@ -121,6 +124,12 @@ def image_encoder(reference: str, precision: Literal["bfloat16", "float32"]) -> 
 def text_encoder(reference: str, precision: Literal["bfloat16", "float32"]) -> TextEncoder:
     """A text encoder on this process's device, opened once."""
     return open_text_encoder(reference, precision, _device())
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder(timeout: float) -> Decoder:
+    """This process's decoder; its children stay for the shards to come."""
+    return Decoder(timeout)
 
 
 def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: int) -> dict[str, Array]:
@@ -190,13 +199,13 @@ def _check_card(task: ShardTask, card: Card) -> None:
 def _describe_image_samples(task: ShardTask) -> tuple[dict[str, Sequence[Array]], dict[int, str]]:
     encoder = image_encoder(task.encoder, task.precision)
     _check_card(task, encoder.card)
+    decoder = _decoder(task.decode_timeout)
     failed: dict[int, str] = {}
 
     def prepare(numbered: tuple[int, Sample]) -> Tensor | None:
         number, sample = numbered
         try:
-            picture: Image.Image = decode(sample.read())
-            return encoder.prepare(view(picture, task.view, sample.image_id))
+            return encoder.prepare(view(decoder.decode(sample.read()), task.view, sample.image_id))
         except (DecodeError, OSError) as error:
             failed[number] = f"{type(error).__name__}: {error}"
             return None
@@ -313,14 +322,15 @@ def _shard_tasks(dataset: Dataset, config: FeaturizeConfig, missing: Sequence[Pl
                     targets,
                     config.image_batch if first.modality == "image" else config.text_batch,
                     rows,
+                    config.decode_timeout,
                 )
 
 
 def featurize(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
     """Extract whatever of the planned columns is not in the cache yet, one Ray task a shard; Ray is initialised.
 
-    Finished columns and finished shards of unfinished ones are left as they are. Prints one line on what was found
-    and shows one progress bar, in rows.
+    Finished columns and finished shards of unfinished ones are left as they are. Prints one line on what was found,
+    shows one progress bar, in rows, and sums up at the end what could not be used.
 
     Raises:
         CacheError: too many images could not be decoded; what was extracted stays.
@@ -364,8 +374,9 @@ def featurize(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[Plann
         manifests[column.name] = manifest
     finished = [manifest for manifest in manifests.values() if manifest is not None]
     undecoded = write_quarantine(dataset, finished)
-    lost = len(undecoded) + len({problem.image_id for problem in dataset.quarantine})
-    if lost:
-        print(f"{lost} images or captions quarantined: {dataset.folder / 'quarantine.jsonl'}", flush=True)
-    check_quarantine(undecoded, len(undecoded), len(dataset.samples), config.max_quarantined)
+    problems = [*dataset.quarantine, *undecoded]
+    if problems:
+        print(summary(dataset, problems, config.max_quarantined), flush=True)
+    lost = lost_images(dataset)
+    check_quarantine(problems, len(undecoded) + lost, len(dataset.samples) + lost, config.max_quarantined)
     return finished

@@ -1,8 +1,12 @@
 """Frozen networks that describe images, opened by a reference such as "efficientnet-lite0"."""
 
-import difflib
+from __future__ import annotations
 
-from featurize.encoder import EncoderError, ImageEncoder, Precision
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the process that decodes images imports this package, and does without torch
+    from featurize.encoder import ImageEncoder, Precision
 
 _PACKAGED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 
@@ -34,6 +38,8 @@ def open_image_encoder(reference: str, precision: Precision = "bfloat16", device
         from featurize.images.backbone import open_backbone
 
         return open_backbone(reference, precision, device)
+    from featurize.encoder import EncoderError
+
     nearest = difflib.get_close_matches(reference, (*_PACKAGED, "torchvision:", "transformers:"), n=1, cutoff=0)[0]
     raise EncoderError(
         f"unknown image encoder {reference!r}, the nearest is {nearest!r}; expected {', '.join(_PACKAGED)}, "
