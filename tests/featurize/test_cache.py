@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from featurize.cache import (
     read_manifest,
     read_record,
     verify,
+    write_quarantine,
 )
 from featurize.datasets.sample import Sample
 from featurize.shards import row_key, write_shard
@@ -119,7 +124,7 @@ def test_what_cannot_be_used_is_quarantined(tmp_path):
     found = [(row["image_id"], row["stage"], row["reason"].split("'")[0]) for row in rows]
     assert found == [
         ("id0", "read", "FileNotFoundError: [Errno 2] No such file or directory: "),
-        ("id1", "read", f"{samples[1].image}: the file is empty"),
+        ("id1", "read", f"the file is empty: {samples[1].image}"),
         ("id2", "caption", "caption 0 is empty"),
         ("id2", "caption", "caption 2 is not UTF-8"),
         ("id3", "caption", "caption 0 is empty"),
@@ -135,6 +140,79 @@ def test_an_id_that_is_not_utf8_is_quarantined(tmp_path):
     dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0.5)
     assert [problem.reason for problem in dataset.quarantine] == ["the image id is not UTF-8"]
     assert open_dataset(dataset.folder) == dataset
+
+
+@pytest.mark.parametrize(("field", "said"), [("image", "path"), ("split", "split")])
+def test_other_names_that_are_not_utf8_are_quarantined(tmp_path, field, said):
+    samples = make_samples(tmp_path / "in", 2)
+    odd = os.fsdecode(bytes(tmp_path / "in") + b"/caf\xe9.jpg")
+    Path(odd).write_bytes(b"picture")
+    samples[1] = replace(samples[1], **{field: odd})
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0.5)
+    (problem,) = dataset.quarantine
+    assert (problem.stage, problem.reason, len(problem.sha256)) == ("read", f"the {said} is not UTF-8", 64)
+    assert open_dataset(dataset.folder) == dataset
+
+
+def test_what_is_no_file_is_quarantined(tmp_path):
+    samples = make_samples(tmp_path / "in", 4)
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "in" / "gone")
+    os.mkfifo(tmp_path / "in" / "pipe")
+    odd = [tmp_path / "in", tmp_path / "in" / "dangling", tmp_path / "in" / "pipe"]
+    samples[1:] = [replace(sample, image=str(path)) for sample, path in zip(samples[1:], odd, strict=True)]
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0.75)
+    assert [sample.image_id for sample in dataset.samples] == ["id0"]
+    assert [(problem.image_id, problem.stage, problem.reason) for problem in dataset.quarantine] == [
+        ("id1", "read", f"OSError: {odd[0]}: not a file but a folder"),
+        ("id2", "read", f"FileNotFoundError: [Errno 2] No such file or directory: '{odd[1]}'"),
+        ("id3", "read", f"OSError: {odd[2]}: not a file but a pipe, socket or device"),
+    ]
+
+
+HOSTILE = ("..", "../../up", "/etc/passwd", "a/b.c", ".", "a\nb", "a\0b", "%2E", "é", "x" * 3000, "~", " ")
+
+
+def test_no_id_becomes_a_path(tmp_path):
+    (tmp_path / "in").mkdir()
+    samples = []
+    for number, name in enumerate(HOSTILE):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(b"picture %d" % number)
+        samples.append(Sample(name, str(tmp_path / "in" / f"{number}.jpg"), ("a caption",), "train"))
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    _, folder = make_column(dataset, shards=(7, 5), values=np.arange(36, dtype=np.float16).reshape(12, 3))
+    assert [sample.image_id for sample in open_dataset(dataset.folder).samples] == list(HOSTILE)
+    assert list(verify(dataset.folder)) == []
+    members = []
+    for shard in ("000000.tar", "000001.tar"):
+        with tarfile.open(folder / shard) as tar:
+            members += tar.getnames()
+    assert len(set(members)) == len(HOSTILE)
+    assert all(re.fullmatch(r"[\w%~-]+\.npy", member, re.ASCII) for member in members)
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert written == {"in", "cache"}
+
+
+def test_the_quarantine_names_an_image_and_a_reason_once_and_in_order(tmp_path):
+    samples = make_samples(tmp_path / "in")
+    samples[2] = replace(samples[2], captions=("", "kept"))
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    columns = [make_column(dataset, name, quarantined=(4, 1))[0] for name in ("one.pooled", "one.grid")]
+    gone = replace(columns[0].shards[0], reasons=("FileNotFoundError: gone",))
+    columns.append(replace(columns[0], name="two.pooled", shards=(gone, columns[0].shards[1])))
+    undecoded = write_quarantine(dataset, columns)
+    text = (dataset.folder / "quarantine.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [(row["image_id"], row["stage"], row["reason"], row["columns"]) for row in rows] == [
+        ("id2", "caption", "caption 0 is empty", []),
+        ("id1", "decode", "DecodeError: cut", ["one.grid", "one.pooled"]),
+        ("id1", "read", "FileNotFoundError: gone", ["two.pooled"]),
+        ("id4", "decode", "DecodeError: cut", ["one.grid", "one.pooled", "two.pooled"]),
+    ]
+    assert [row["sha256"] for row in rows] == [dataset.digests[row] for row in (2, 1, 1, 4)]
+    assert [(problem.image_id, problem.stage) for problem in undecoded] == [("id1", "decode"), ("id4", "decode")]
+    assert open_dataset(dataset.folder) == dataset
+    write_quarantine(dataset, reversed(columns))
+    assert (dataset.folder / "quarantine.jsonl").read_text() == text
 
 
 def test_too_much_quarantine_ends_the_job(tmp_path):
