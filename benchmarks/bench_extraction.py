@@ -102,6 +102,7 @@ def ours(paths: list[Path]) -> float:
             tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths),
             (Target(pooled, Path(folder)),),
             8,
+            30.0,
         )
         start = time.process_time()
         extract_shard(task)

@@ -97,3 +97,11 @@ class FeaturizeConfig:
         default=False,
         metadata={"help": "describe images again that could not be described before, also inside finished shards"},
     )
+    decode_timeout: float = field(
+        default=30.0, metadata={"help": "seconds that decoding one image may take before it is quarantined"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses a time limit that no image could keep."""
+        if not 0 < self.decode_timeout <= 86_400:
+            raise ValueError(f"decode_timeout: found {self.decode_timeout}, expected seconds above 0, a day at most")

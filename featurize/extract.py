@@ -4,6 +4,7 @@
 """
 
 import errno
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from featurize.datasets.sample import Sample
 from featurize.describe import describe_images, describe_texts, device, image_encoder, text_encoder
 from featurize.encoder import Card, Output
 from featurize.images.decode import DecodeError, decode
+from featurize.images.decoder import Decoder, ends_after
 from featurize.images.views import view
 from featurize.imports import ImportedRows, open_import
 from featurize.manifest import (
@@ -73,6 +75,7 @@ class ShardTask:
         digests: sha256 of each image's bytes, as it was indexed.
         targets: what to write.
         batch: rows in a forward pass.
+        decode_timeout: seconds that decoding one image may take.
         imported: where a file holds the rows; None: a network describes them.
     """
 
@@ -86,6 +89,7 @@ class ShardTask:
     digests: tuple[str, ...]
     targets: tuple[Target, ...]
     batch: int
+    decode_timeout: float
     imported: ImportedRows | None = None
 
     @property
@@ -122,8 +126,11 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     targets = tuple(replace(target, known=tuple(map(_if_sound, target.known))) for target in task.targets)
     task = replace(task, targets=targets)
-    described = describe(task, task.unknown) if task.unknown else Described({}, {})
+    begun = task.targets[0].folder / f".{task.number:06d}.begun.tmp"
+    careful = begun.exists()  # a worker began here and did not live to say how it went
     try:
+        begun.touch()
+        described = describe(task, task.unknown, careful=careful) if task.unknown else Described({}, {})
         return {str(target.folder): _write(task, target, described) for target in task.targets}
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -132,10 +139,18 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
             f"{task.targets[0].folder}: no room for shard {task.number} ({error.strerror}); what is finished stays: "
             "free some space (`python -m pipeline cache gc`) and run the same command again"
         ) from error
+    finally:
+        begun.unlink(missing_ok=True)
 
 
-def describe(task: ShardTask, rows: Sequence[int]) -> Described:
+def describe(task: ShardTask, rows: Sequence[int], *, careful: bool) -> Described:
     """What a task's encoder says of some of its rows, on this process's device.
+
+    Args:
+        task: whose rows.
+        rows: which of them.
+        careful: decode in a process of its own, which costs a few per cent of extraction, so that an image that hangs
+            or crashes its decoder costs its row alone; otherwise it ends this process.
 
     Raises:
         CacheError: this machine opens another network under the same reference than the task names.
@@ -143,7 +158,9 @@ def describe(task: ShardTask, rows: Sequence[int]) -> Described:
     """
     if task.imported is not None:
         return _read_imported(task, rows, task.imported)
-    return (_describe_images if task.modality == "image" else _describe_texts)(task, rows)
+    if task.modality == "text":
+        return _describe_texts(task, rows)
+    return _describe_images(task, rows, _own_process(task.decode_timeout).decode if careful else _in_time(task))
 
 
 def _if_sound(known: KnownRow | None) -> KnownRow | None:
@@ -212,7 +229,21 @@ def _read_indexed(sample: Sample, digest: str) -> bytes:
     return data
 
 
-def _describe_images(task: ShardTask, rows: Sequence[int]) -> Described:
+@functools.lru_cache(maxsize=1)
+def _own_process(timeout: float) -> Decoder:
+    """This process's decoder; its children stay for the shards to come."""
+    return Decoder(timeout)
+
+
+def _in_time(task: ShardTask) -> Callable[[bytes], Image.Image]:
+    def opened(data: bytes) -> Image.Image:
+        with ends_after(task.decode_timeout):
+            return decode(data)
+
+    return opened
+
+
+def _describe_images(task: ShardTask, rows: Sequence[int], opened: Callable[[bytes], Image.Image]) -> Described:
     encoder = image_encoder(task.encoder, task.precision)
     _check_card(task, encoder.card)
     failed: dict[int, str] = {}
@@ -220,7 +251,7 @@ def _describe_images(task: ShardTask, rows: Sequence[int]) -> Described:
     def prepare(row: int) -> Tensor | None:
         sample = task.samples[row]
         try:
-            picture: Image.Image = decode(_read_indexed(sample, task.digests[row]))
+            picture = opened(_read_indexed(sample, task.digests[row]))
             return encoder.prepare(view(picture, task.view, sample.image_id))
         except (DecodeError, OSError) as error:
             failed[row] = f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@ One Ray task makes one shard (`featurize.extract`). A job may die at any point: 
 command goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from featurize.manifest import (
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
 from featurize.sharing import Donor, KnownRow, known_rows, link, rows_of
+from featurize.summary import lost_images, summary
 
 LOCK = ".lock"
 """In a column's folder: held by the job that makes it."""
@@ -125,6 +126,7 @@ def tasks_for(
             dataset.digests[first.images],
             tuple(Target(shard.column.output, shard.column.folder, shard.known) for shard in (first, *others)),
             config.image_batch if first.column.modality == "image" else config.text_batch,
+            config.decode_timeout,
             _imported(dataset, first, imported[first.column.modality, first.column.encoder]),
         )
         for first, *others in groups.values()
@@ -238,21 +240,29 @@ def _finish(dataset: Dataset, column: PlannedColumn) -> None:
 
 
 def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
-    """The finished columns, if not too much of them is missing; writes what is into the quarantine."""
+    """The finished columns, if not too much of them is missing; writes what is into the quarantine, and sums it up."""
     manifests = [manifest for column in columns if (manifest := read_manifest(column.folder)) is not None]
-    undecoded = {problem.image_id: problem for manifest in manifests for problem in _left_out(dataset, manifest)}
-    everything = [read_manifest(folder) for folder in column_folders(dataset.folder)]
-    of_columns = [problem for manifest in everything if manifest for problem in _left_out(dataset, manifest)]
-    write_quarantine(dataset.folder, [*dataset.quarantine, *of_columns])
-    lost = len(undecoded) + len({problem.image_id for problem in dataset.quarantine})
-    if lost:
-        print(f"{lost} images or captions quarantined: {dataset.folder / 'quarantine.jsonl'}", flush=True)
-    check_quarantine(undecoded.values(), len(undecoded), len(dataset.samples), config.max_quarantined)
+    everything = [manifest for folder in column_folders(dataset.folder) if (manifest := read_manifest(folder))]
+    write_quarantine(dataset.folder, [*dataset.quarantine, *left_out(dataset, everything)])
+    undescribed = {problem.image_id: problem for problem in left_out(dataset, manifests)}
+    problems = [*dataset.quarantine, *undescribed.values()]
+    if problems:
+        print(summary(dataset, problems, config.max_quarantined), flush=True)
+    lost = lost_images(dataset)
+    check_quarantine(problems, len(undescribed) + lost, len(dataset.samples) + lost, config.max_quarantined)
     return manifests
 
 
-def _left_out(dataset: Dataset, manifest: Manifest) -> Iterator[Quarantined]:
-    images = manifest.missing if manifest.modality == "image" else dataset.caption_image[manifest.missing]
-    stage = "import" if is_import(manifest.reference) else "decode"
-    for row, reason in zip(images, manifest.reasons, strict=True):
-        yield Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row], manifest.name)
+def left_out(dataset: Dataset, manifests: Iterable[Manifest]) -> list[Quarantined]:
+    """What columns lack, in row order: one entry for an image and a reason, with the columns that lack it."""
+    failed: dict[tuple[int, str, str], list[str]] = {}
+    for manifest in manifests:
+        images = manifest.missing if manifest.modality == "image" else dataset.caption_image[manifest.missing]
+        for row, reason in zip(images.tolist(), manifest.reasons, strict=True):
+            decoded = "decode" if reason.startswith("DecodeError") else "read"
+            stage = "import" if is_import(manifest.reference) else decoded
+            failed.setdefault((row, stage, reason), []).append(manifest.name)
+    return [
+        Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row], tuple(sorted(names)))
+        for (row, stage, reason), names in sorted(failed.items())
+    ]

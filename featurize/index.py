@@ -173,7 +173,7 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
             data = sample.read()
         except (OSError, ValueError) as error:
             return stamp, "", f"{type(error).__name__}: {error}"
-        reason = "" if data else f"{sample.image}: the file is empty"
+        reason = "" if data else f"the file is empty: {sample.image}"
         return stamp, hashlib.sha256(data).hexdigest() if data else "", reason
 
     everything = list(samples)
@@ -186,8 +186,9 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
         for sample, (stamp, sha256, reason) in zip(everything, hashed, strict=True):
             captions, caption_problems = _usable_captions(sample)
             problems += [replace(problem, sha256=sha256) for problem in caption_problems]
-            if _is_broken(sample.image_id):
-                problems.append(Quarantined(sample.image_id, "read", "the image id is not UTF-8", sha256))
+            names = {"image id": sample.image_id, "path": sample.image, "split": sample.split}
+            if broken := [what for what, name in names.items() if _is_broken(name)]:
+                problems.append(Quarantined(sample.image_id, "read", f"the {broken[0]} is not UTF-8", sha256))
             elif reason:
                 problems.append(Quarantined(sample.image_id, "read", reason))
             elif captions:
@@ -210,7 +211,7 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     publish(folder / "samples.parquet", sink.getvalue().to_pybytes())
-    of_columns = [problem for problem in read_quarantine(folder) if problem.column]
+    of_columns = [problem for problem in read_quarantine(folder) if problem.columns]
     write_quarantine(folder, [*problems, *of_columns])
     return dataset
 
@@ -244,5 +245,5 @@ def open_dataset(folder: Path) -> Dataset:
         folder,
         samples,
         tuple(row["sha256"] for row in rows),
-        tuple(problem for problem in read_quarantine(folder) if not problem.column),
+        tuple(problem for problem in read_quarantine(folder) if not problem.columns),
     )

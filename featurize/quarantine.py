@@ -20,14 +20,14 @@ class Quarantined:
             the imported file).
         reason: what was found.
         sha256: of the image bytes, where there were any.
-        column: that lacks it; "" where the data set itself does.
+        columns: that lack it; none where the data set itself does.
     """
 
     image_id: str
     stage: str
     reason: str
     sha256: str = ""
-    column: str = ""
+    columns: tuple[str, ...] = ()
 
 
 def read_quarantine(folder: Path) -> list[Quarantined]:
@@ -35,7 +35,7 @@ def read_quarantine(folder: Path) -> list[Quarantined]:
     path = folder / "quarantine.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     plain: Iterable[Mapping[str, Any]] = map(json.loads, lines)
-    return [Quarantined(**line) for line in plain]
+    return [Quarantined(**{**line, "columns": tuple(line["columns"])}) for line in plain]
 
 
 def write_quarantine(folder: Path, problems: Iterable[Quarantined]) -> None:

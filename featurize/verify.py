@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from featurize.columns import column_folders, mapped, misplaced, row_keys
+from featurize.config import FeaturizeConfig
 from featurize.datasets.sample import Sample
 from featurize.extract import ShardTask, describe
 from featurize.index import Dataset, content_id, open_dataset
@@ -160,9 +161,13 @@ def drift(dataset: Dataset, folder: Path, manifest: Manifest, images: int, seed:
         digests,
         (),
         batch=8,
+        decode_timeout=FeaturizeConfig.decode_timeout,
         imported=imported.part(rows.tolist()) if imported is not None else None,
     )
-    again = describe(task, range(len(rows))).values[column.output.name]
+    described = describe(task, range(len(rows)), careful=True)
+    if described.failed:
+        raise CacheError(f"{folder}: rows cannot be described again: {'; '.join(described.failed.values())}")
+    again = described.values[column.output.name]
     stored = mapped(folder, manifest)
     pairs = [
         (stored.row(int(row)).astype(np.float64), again[place].astype(np.float64)) for place, row in enumerate(rows)

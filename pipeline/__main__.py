@@ -85,6 +85,7 @@ USER_ERRORS = {
     "featurize.datasets.sample": "DataError",
     "featurize.encoder": "EncoderError",
     "featurize.images.decode": "DecodeError",
+    "featurize.images.decoder": "DecoderError",
     "featurize.shards": "ShardError",
     "pipeline.config": "ConfigError",
     "pipeline.jobs": "JobError",

@@ -2,12 +2,14 @@
 
 import json
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import fsspec
 
@@ -55,11 +57,21 @@ class Sample:
         """The encoded image (JPEG, PNG, ...).
 
         Raises:
-            OSError: the file is missing or shorter than its span says.
+            OSError: the file is missing, a folder, pipe or device, or shorter than its span says; or what holds it
+                does not give it.
         """
+        if "://" not in self.image:
+            return self._read(_open_regular(Path(self.image)))
         # fsspec reads more than "://" into a name ("a::b" is a chain), so it gets URIs only.
-        is_uri = "://" in self.image
-        with fsspec.open(self.image, "rb") if is_uri else Path(self.image).open("rb") as file:
+        try:
+            return self._read(fsspec.open(self.image, "rb"))
+        except OSError:
+            raise
+        except Exception as error:  # every file system fails in its own way, and so does one that is not installed
+            raise OSError(f"{self.image}: {type(error).__name__}: {error}") from error
+
+    def _read(self, opener: AbstractContextManager[IO[bytes]]) -> bytes:
+        with opener as file:
             if self.span is None:
                 return bytes(file.read())
             offset, length = self.span
@@ -71,6 +83,14 @@ class Sample:
                 "the file changed after it was indexed"
             )
         return data
+
+
+def _open_regular(path: Path) -> IO[bytes]:
+    """A file, but no pipe, whose writer may never come, and no device, which may never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(f"{path}: not a file but a {'folder' if stat.S_ISDIR(mode) else 'pipe, socket or device'}")
+    return path.open("rb")
 
 
 def open_text(path: Path) -> TextIO:

@@ -1,8 +1,12 @@
 """Frozen networks that describe images, opened by a reference such as "efficientnet-lite0"."""
 
-import difflib
+from __future__ import annotations
 
-from featurize.encoder import EncoderError, ImageEncoder, Precision
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the process that decodes images imports this package, and does without torch
+    from featurize.encoder import ImageEncoder, Precision
 
 _PACKAGED = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 
@@ -39,6 +43,8 @@ def open_image_encoder(reference: str, precision: Precision = "bfloat16", device
         from featurize.images.regions import open_regions
 
         return open_regions(reference, precision, device)
+    from featurize.encoder import EncoderError
+
     families = ("torchvision:", "transformers:", "regions:")
     nearest = difflib.get_close_matches(reference, (*_PACKAGED, *families), n=1, cutoff=0)[0]
     raise EncoderError(

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 # PIL's own default limit (89.5 megapixels): an image within it makes no later PIL call warn of a bomb.
@@ -47,6 +46,7 @@ def decode(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
         _check_size(image)
         image.load()
+        _check_size(image)  # icons hold an image of another size than they say
         with _metadata_warnings_off():
             turn = _UPRIGHT.get(_orientation(image))
         upright = image if turn is None else image.transpose(turn)
@@ -55,6 +55,8 @@ def decode(data: bytes) -> Image.Image:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DecodeError(f"{_TOO_LARGE} ({error})") from error
+    except MemoryError as error:
+        raise DecodeError("too little memory to decode it; shrink the image first") from error
     except UnidentifiedImageError as error:
         raise DecodeError(f"no image format that PIL knows: {len(data)} bytes that start {data[:8]!r}") from error
     except Exception as error:
@@ -63,6 +65,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def _check_size(image: Image.Image) -> None:
+    if not (image.width and image.height):
+        raise DecodeError(f"no pixels ({image.width} by {image.height})")
     if image.width * image.height > MAX_PIXELS:  # PIL checks too, unless the process has switched that off
         raise DecodeError(f"{_TOO_LARGE} ({image.width} by {image.height})")
 
@@ -88,24 +92,30 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise DecodeError(
-                f"integer pixels from {values.min()} to {values.max()}: more than 16 bits, so their range is "
-                "unknown; save the image with 8 or 16 bits"
-            )
-        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    import numpy as np  # most images need it not, and the process that decodes starts in half the time without
+
+    values = np.asarray(image)
     if image.mode == "F":
-        values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 255):  # also true of NaN
             raise DecodeError(
                 f"float pixels from {values.min()} to {values.max()}: expected [0, 1] or [0, 255]; "
                 "save the image with 8 or 16 bits"
             )
-        scale = 255 if values.max() <= 1 else 1
-        return Image.fromarray(np.rint(values * scale).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+        scale = 255.0 if values.max() <= 1 else 1.0
+    else:
+        if values.min() < 0 or values.max() > 65535:
+            raise DecodeError(
+                f"integer pixels from {values.min()} to {values.max()}: more than 16 bits, so their range is "
+                "unknown; save the image with 8 or 16 bits"
+            )
+        scale = 1 / 257
+    return Image.fromarray(np.rint(values * scale).astype(np.uint8)).convert("RGB")

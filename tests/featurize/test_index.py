@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
+import tarfile
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from featurize.datasets.sample import Sample
 from featurize.index import index, open_dataset
 from featurize.manifest import CacheError
+from featurize.verify import verify
 
 
 def test_an_index_is_read_back(make_dataset):
@@ -87,7 +93,7 @@ def test_what_cannot_be_used_is_quarantined(make_samples, tmp_path):
     found = [(row["image_id"], row["stage"], row["reason"].split("'")[0]) for row in rows]
     assert found == [
         ("id0", "read", "FileNotFoundError: [Errno 2] No such file or directory: "),
-        ("id1", "read", f"{samples[1].image}: the file is empty"),
+        ("id1", "read", f"the file is empty: {samples[1].image}"),
         ("id2", "caption", "caption 0 is empty"),
         ("id2", "caption", "caption 2 is not UTF-8"),
         ("id3", "caption", "caption 0 is empty"),
@@ -103,6 +109,56 @@ def test_an_id_that_is_not_utf8_is_quarantined(make_samples, tmp_path):
     dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0.5)
     assert [problem.reason for problem in dataset.quarantine] == ["the image id is not UTF-8"]
     assert open_dataset(dataset.folder) == dataset
+
+
+@pytest.mark.parametrize(("field", "said"), [("image", "path"), ("split", "split")])
+def test_other_names_that_are_not_utf8_are_quarantined(make_samples, tmp_path, field, said):
+    samples = make_samples(tmp_path / "in", 2)
+    odd = os.fsdecode(bytes(tmp_path / "in") + b"/caf\xe9.jpg")
+    Path(odd).write_bytes(b"picture")
+    samples[1] = replace(samples[1], **{field: odd})
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0.5)
+    (problem,) = dataset.quarantine
+    assert (problem.stage, problem.reason, len(problem.sha256)) == ("read", f"the {said} is not UTF-8", 64)
+    assert open_dataset(dataset.folder) == dataset
+
+
+def test_what_is_no_file_is_quarantined(make_samples, tmp_path):
+    samples = make_samples(tmp_path / "in", 4)
+    (tmp_path / "in" / "dangling").symlink_to(tmp_path / "in" / "gone")
+    os.mkfifo(tmp_path / "in" / "pipe")
+    odd = [tmp_path / "in", tmp_path / "in" / "dangling", tmp_path / "in" / "pipe"]
+    samples[1:] = [replace(sample, image=str(path)) for sample, path in zip(samples[1:], odd, strict=True)]
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0.75)
+    assert [sample.image_id for sample in dataset.samples] == ["id0"]
+    assert [(problem.image_id, problem.stage, problem.reason) for problem in dataset.quarantine] == [
+        ("id1", "read", f"OSError: {odd[0]}: not a file but a folder"),
+        ("id2", "read", f"FileNotFoundError: [Errno 2] No such file or directory: '{odd[1]}'"),
+        ("id3", "read", f"OSError: {odd[2]}: not a file but a pipe, socket or device"),
+    ]
+
+
+HOSTILE = ("..", "../../up", "/etc/passwd", "a/b.c", ".", "a\nb", "a\0b", "%2E", "é", "x" * 3000, "~", " ")
+
+
+def test_no_id_becomes_a_path(make_column, tmp_path):
+    (tmp_path / "in").mkdir()
+    samples = []
+    for number, name in enumerate(HOSTILE):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(b"picture %d" % number)
+        samples.append(Sample(name, str(tmp_path / "in" / f"{number}.jpg"), ("a caption",), "train"))
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    _, folder = make_column(dataset, shards=(7, 5), values=np.arange(36, dtype=np.float16).reshape(12, 3))
+    assert [sample.image_id for sample in open_dataset(dataset.folder).samples] == list(HOSTILE)
+    assert list(verify(dataset.folder)) == []
+    members = []
+    for shard in ("000000.tar", "000001.tar"):
+        with tarfile.open(folder / shard) as tar:
+            members += tar.getnames()
+    assert len(set(members)) == len(HOSTILE)
+    assert all(re.fullmatch(r"[\w%~-]+\.npy", member, re.ASCII) for member in members)
+    written = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert written == {"in", "cache"}
 
 
 def test_too_much_quarantine_ends_the_job(make_samples, tmp_path):

@@ -180,9 +180,9 @@ def test_quarantined_rows_stay_so_until_they_are_tried_again(pictures, tmp_path,
     dataset, columns = version(tmp_path, samples)
     away = [paths[number].rename(tmp_path / f"away{number}") for number in (1, 5)]
     fill(dataset, CONFIG, columns)
-    names = ["efficientnet-lite0.pooled", "efficientnet-lite0.pooled.crop"]
-    found = {(problem.image_id, problem.column) for problem in read_quarantine(dataset.folder)}
-    assert found == {(samples[number].image_id, name) for number in (1, 5) for name in names}
+    names = ("efficientnet-lite0.pooled", "efficientnet-lite0.pooled.crop")
+    found = [(problem.image_id, problem.stage, problem.columns) for problem in read_quarantine(dataset.folder)]
+    assert found == [(samples[number].image_id, "read", names) for number in (1, 5)]
     for path, number in zip(away, (1, 5), strict=True):
         path.rename(paths[number])
     before = {column.name: open_column(dataset, column.name, column.id) for column in columns}

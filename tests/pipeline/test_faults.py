@@ -249,3 +249,44 @@ def test_a_clock_that_jumps(undisturbed, tmp_path, days):
         os.utime(path, (moment, moment))
     shift.unlink()
     check_restart(cache, pictures, records(cache), expected, **clock)
+
+
+BAD_FORMAT = """
+import ctypes, time
+from PIL import Image, ImageFile
+
+
+class Bad(ImageFile.ImageFile):
+    format = "BAD"
+
+    def _open(self):
+        ctypes.string_at(0) if self.fp.read(9) == b"BAD crash" else time.sleep(600)
+
+
+Image.register_open("BAD", Bad, lambda start: start.startswith(b"BAD"))
+"""
+
+
+def test_images_that_end_the_worker(undisturbed, tmp_path):
+    """Every Python process knows a format whose decoder hangs or crashes; two images of a shard are of it."""
+    pictures, _ = undisturbed
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(BAD_FORMAT)
+    good = sorted(pictures.rglob("*.jpg"))[:14]
+    for number, path in enumerate(good):
+        (folder / f"{number:02}.jpg").write_bytes(path.read_bytes())
+    (folder / "03.jpg").write_bytes(b"BAD crash")
+    (folder / "05.jpg").write_bytes(b"BAD hang")
+    for path in folder.glob("*.jpg"):
+        path.with_suffix(".txt").write_text(f"a picture called {path.stem}\n")
+    table = [*("--dataset", "folder", "--root", str(folder), "--data.holdout", "0.3"), *SETTINGS[6:]]
+    limits = ["--featurize.decode_timeout", "3", "--featurize.max_quarantined", "0.2"]
+    command = [sys.executable, "-m", "pipeline", "featurize", "less", "--cache", str(tmp_path / "cache")]
+    out, code = finish(start([*command, *table, *limits], PYTHONPATH=str(tmp_path)))
+    assert code == 0, out
+    assert "quarantined: 2 of 14 images" in out
+    assert "     1  decode: the decoder died\n" in out
+    assert "     1  decode: the decoder did not answer within 3 s\n" in out
+    out, code = finish(start([sys.executable, "-m", "pipeline", "cache", "verify", str(tmp_path / "cache")]))
+    assert (code, out) == (0, "every shard is as its manifest says\n")

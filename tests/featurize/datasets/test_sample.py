@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from featurize.datasets.sample import (
@@ -43,6 +45,25 @@ def test_span_beyond_the_end_is_an_error(tmp_path):
 def test_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(OSError, match=r"gone\.jpg"):
         sample(tmp_path / "gone.jpg").read()
+
+
+@pytest.mark.parametrize(("name", "found"), [("", "folder"), ("pipe", "pipe, socket or device")])
+def test_what_is_no_file_is_an_os_error(tmp_path, name, found):
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for a writer for ever
+    with pytest.raises(OSError, match=f"not a file but a {found}$"):
+        sample(tmp_path / name).read()
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("Install s3fs to access S3"), ValueError("Protocol not known: z"), RuntimeError("403")]
+)
+def test_whatever_a_file_system_raises_is_an_os_error(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fsspec.open", fail)
+    with pytest.raises(OSError, match=rf"^s3://a/b\.jpg: {type(error).__name__}: {error}$"):
+        sample("s3://a/b.jpg").read()
 
 
 def test_open_text_drops_the_byte_order_mark_and_keeps_foreign_bytes(tmp_path):

@@ -198,6 +198,31 @@ def test_too_many_pixels(side):
         decode(png_header(side, side))
 
 
+def test_an_icon_that_holds_a_larger_image_than_it_says():
+    inside = png_header(9_470, 9_470)
+    directory = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inside), 22)
+    with pytest.raises(DecodeError, match=r"more than 89,478,485 pixels|truncated or corrupt"):
+        decode(directory + inside)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_no_pixels(monkeypatch, size):
+    """Whatever format lets such a size through."""
+    monkeypatch.setattr(Image, "open", lambda _: Image.new("RGB", size))
+    with pytest.raises(DecodeError, match=rf"no pixels \({size[0]} by {size[1]}\)"):
+        decode(b"x")
+
+
+def test_too_little_memory(monkeypatch):
+    def load(_):
+        raise MemoryError
+
+    data = encoded(halves())
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(DecodeError, match=r"^too little memory to decode it; shrink the image first$"):
+        decode(data)
+
+
 def test_too_many_pixels_where_pil_does_not_check(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(DecodeError, match=r"more than 89,478,485 pixels; shrink .*9470 by 9470"):
