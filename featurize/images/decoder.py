@@ -5,9 +5,9 @@ needed, at no cost, under a clock that ends the process (`ends_after`); and wher
 decodes the same images in processes of their own (`Decoder`).
 """
 
-import faulthandler
 import mmap
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,12 +36,16 @@ _deadlines: dict[object, float] = {}
 
 @contextmanager
 def ends_after(seconds: float) -> Iterator[None]:
-    """Ends this process, with the traceback of every thread, unless the block is left in time; for any thread.
+    """Ends this process (by SIGALRM, unless somebody handles it) if the block is not left in time; for any thread.
 
-    The clock runs in a thread of C, which no decoder that keeps Python's lock can hold up.
+    The system does it, so no decoder that keeps Python's lock can hold it up, and it costs a few microseconds. An
+    alarm that somebody else has set rings when it should, or at the end of the block.
     """
     key = object()
     with _lock:
+        other = signal.getitimer(signal.ITIMER_REAL)[0] if not _deadlines else 0.0
+        if other:
+            _deadlines[ends_after] = time.monotonic() + other
         _deadlines[key] = time.monotonic() + seconds
         _wind()
     try:
@@ -50,14 +54,13 @@ def ends_after(seconds: float) -> Iterator[None]:
         with _lock:
             del _deadlines[key]
             _wind()
+            if list(_deadlines) == [ends_after]:
+                _deadlines.clear()  # its alarm is set, and is nobody's here
 
 
 def _wind() -> None:
-    if _deadlines:
-        left = max(min(_deadlines.values()) - time.monotonic(), 0.001)
-        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or sys.stderr)
-    else:
-        faulthandler.cancel_dump_traceback_later()
+    left = max(min(_deadlines.values()) - time.monotonic(), 1e-3) if _deadlines else 0.0
+    signal.setitimer(signal.ITIMER_REAL, left)
 
 
 class DecoderError(RuntimeError):

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image
 
 from featurize.images import decoder as module
 from featurize.images.decode import MAX_PIXELS, DecodeError, decode
-from featurize.images.decoder import Decoder, DecoderError
+from featurize.images.decoder import Decoder, DecoderError, ends_after
 from featurize.images.decoder_child import WINDOW_BYTES, boxes
 
 ROOT = Path(__file__).parents[3]
@@ -399,3 +399,34 @@ def test_the_largest_image_that_is_allowed(mode):
 def test_a_claim_within_the_limit_that_is_not_kept(decoder):
     with pytest.raises(DecodeError, match="truncated or corrupt"):
         decoder.decode(png(9_000, 9_000, 8, 2, zeros(100)))
+
+
+def test_another_alarm_rings_nonetheless():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(time.monotonic()))
+    outer = signal.setitimer(signal.ITIMER_REAL, 0.2)
+    start = time.monotonic()
+    try:
+        with ends_after(60), ends_after(30):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= 0.2
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.2
+        while not rung and time.monotonic() < start + 5:
+            pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *outer)
+    assert rung[0] - start == pytest.approx(0.2, abs=1)
+
+
+def test_a_block_that_is_left_in_time_sets_no_alarm():
+    outer = signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        with ends_after(60):
+            assert 59 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+            with ends_after(10):
+                assert 9 < signal.getitimer(signal.ITIMER_REAL)[0] <= 10
+            assert 59 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
