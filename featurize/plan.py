@@ -179,6 +179,13 @@ def plan(
             }
             folder = column_folder(dataset, name, identity(ingredients))
             planned.append(PlannedColumn(name, modality, reference, stored, which, ingredients, folder))
+    names = [column.name for column in planned]
+    for name in names:
+        if names.count(name) > 1:
+            raise CacheError(
+                f"two encoders give a column {name!r}: they differ in settings but not in name, and a run cannot tell "
+                "what they say apart; choose one of them"
+            )
     for wanted, modality in ((image_outputs, "image"), (text_outputs, "text")):
         for name in wanted:
             encoder, _, output_name = name.rpartition(".")

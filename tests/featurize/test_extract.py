@@ -208,6 +208,13 @@ def test_an_output_of_one_encoder_alone(pictures, tmp_path):
     ]
 
 
+def test_two_encoders_of_one_name_are_refused(pictures, tmp_path):
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    twice = tuple(f"torchvision:resnet18@random:{seed}" for seed in (1, 2))
+    with pytest.raises(CacheError, match=r"two encoders give a column 'torchvision-resnet18.pooled'"):
+        plan(dataset, replace(CONFIG, images=twice), ("pooled",), ())
+
+
 def test_an_output_that_is_named_twice_is_one_column(pictures, tmp_path):
     dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
     assert len(plan(dataset, CONFIG, (), ("minilm.sentence", "sentence"))) == 1
