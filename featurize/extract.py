@@ -27,9 +27,11 @@ from featurize.manifest import (
     CacheError,
     Modality,
     ShardRecord,
+    read_manifest,
     shard_path,
     write_record,
 )
+from featurize.places import Place, remove_file
 from featurize.shards import Array, row_key, to_int8, write_shard
 from featurize.sharing import KnownRow, is_sound, read_row
 
@@ -49,7 +51,7 @@ class Target:
     """
 
     output: Output
-    folder: Path
+    folder: Place
     known: tuple[KnownRow | None, ...] = ()
 
     def known_at(self, row: int) -> KnownRow | None:
@@ -145,6 +147,8 @@ def _if_sound(known: KnownRow | None) -> KnownRow | None:
 
 def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord:
     """Publish one target's shard, then its record; an older record goes first, so that it never lies."""
+    if not isinstance(target.folder, Path) and (finished := read_manifest(target.folder)) is not None:
+        return finished.shards[task.number]  # by a job that took this one's lease over: its bytes are promised now
     path = shard_path(target.folder, task.number)
     failed: dict[int, str] = {}
 
@@ -155,7 +159,7 @@ def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord
             return _as_stored(_absent(target.output), target.output)
         return _as_stored(read_row(known) if known else described.values[target.output.name][row], target.output)
 
-    path.with_suffix(".json").unlink(missing_ok=True)
+    remove_file(path.with_suffix(".json"))
     keys = task.keys
     file = write_shard(path, keys, map(row_values, range(len(keys))), ragged=target.output.ragged)
     record = ShardRecord(file.rows, file.size, file.sha256, tuple(failed), tuple(failed.values()))

@@ -4,7 +4,6 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from featurize.columns import column_folder
@@ -22,6 +21,7 @@ from featurize.manifest import (
     environment,
     identity,
 )
+from featurize.places import Place
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PlannedColumn:
     output: Output
     view: View
     ingredients: dict[str, Any]
-    folder: Path
+    folder: Place
 
     @property
     def id(self) -> str:
@@ -58,7 +58,7 @@ class PlannedColumn:
         return found
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest) -> "PlannedColumn":
+    def of(cls, folder: Place, manifest: Manifest) -> "PlannedColumn":
         """A column that was planned before, from what it says of itself."""
         made = manifest.ingredients
         output = Output(made["output"], manifest.shape, manifest.ragged, manifest.dtype)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ from featurize.columns import open_column
 from featurize.config import View
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import read_manifest
+from featurize.places import Place
 from featurize.plan import PlannedColumn
 from featurize.shards import Array, Column
 from featurize.texts.lexicon import language_of, stop_ids
@@ -113,7 +113,7 @@ class Inputs:
         lemmas: lemmas for labels of images, if the run has them.
     """
 
-    dataset: Path
+    dataset: Place
     image_vectors: tuple[tuple[ColumnRef, ...], ...]
     image_parts: tuple[tuple[ColumnRef, ...], ...]
     text_vectors: tuple[ColumnRef, ...]
@@ -126,7 +126,7 @@ class Inputs:
     @classmethod
     def of(
         cls,
-        dataset: Path,
+        dataset: Place,
         columns: Sequence[PlannedColumn],
         config: TrainConfig,
         precision: Literal["bfloat16", "float32"],

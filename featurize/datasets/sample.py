@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-import fsspec
+from featurize.places import Place, answering, file_at
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -55,25 +55,29 @@ class Sample:
         """The encoded image (JPEG, PNG, ...).
 
         Raises:
-            OSError: the file is missing or shorter than its span says.
+            OSError: the file is missing or shorter than its span says, or its store does not answer.
         """
-        # fsspec reads more than "://" into a name ("a::b" is a chain), so it gets URIs only.
-        is_uri = "://" in self.image
-        with fsspec.open(self.image, "rb") if is_uri else Path(self.image).open("rb") as file:
-            if self.span is None:
-                return bytes(file.read())
+        data = self._bytes()
+        if self.span is not None and len(data) != self.span[1]:
             offset, length = self.span
-            file.seek(offset)
-            data = bytes(file.read(length))
-        if len(data) != length:
             raise OSError(
                 f"{self.image}: expected {length} bytes at offset {offset}, found {len(data)}; "
                 "the file changed after it was indexed"
             )
         return data
 
+    def _bytes(self) -> bytes:
+        start, end = (self.span[0], sum(self.span)) if self.span else (None, None)
+        if "://" in self.image:  # fsspec reads more than that into a name ("a::b" is a chain), so it gets URIs only
+            with answering(self.image, OSError):
+                store, path = file_at(self.image)
+                return bytes(store.cat_file(path, start=start, end=end))
+        with Path(self.image).open("rb") as file:
+            file.seek(start or 0)
+            return file.read(-1 if end is None or start is None else end - start)
 
-def open_text(path: Path) -> TextIO:
+
+def open_text(path: Place) -> TextIO:
     """A text file as all sources open it: a byte order mark is dropped, bytes that are not UTF-8 are kept.
 
     Line ends stay as they are (the csv module wants that), so a line is stripped where it is used.
@@ -81,7 +85,7 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
@@ -137,7 +141,7 @@ def split_in(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def image_pattern(root: Path, patterns: Sequence[str], images: Iterable[Mapping[str, str]]) -> str:
+def image_pattern(root: Place, patterns: Sequence[str], images: Iterable[Mapping[str, str]]) -> str:
     """Which of several customary places under `root` holds the images; looks for the first 20 images only.
 
     Args:
