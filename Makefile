@@ -15,7 +15,7 @@ setup: .venv/.ready ## make .venv with the tested versions (a few minutes, about
 	  { echo "isthmus needs Python 3.11; say which one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "setting up .venv (a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpnet]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpnet,regions]'
 	@touch $@
 
 demo: .venv/.ready ## the main job on rendered scenes, then a search; prints where everything is

@@ -55,8 +55,9 @@ class Row:
     """Whether the row is the runs of all seeds, joined to one model."""
 
     def flags(self) -> list[str]:
-        """As they are typed."""
-        return [word for key, value in self.changes.items() for word in (f"--train.{key}", value)]
+        """As they are typed; a change is one of training unless it says so."""
+        keys = ((key if key.startswith("featurize.") else f"train.{key}", value) for key, value in self.changes.items())
+        return [word for key, value in keys for word in (f"--{key}", value)]
 
 
 def _alone(method: str, first: str, off: dict[str, str], names: dict[str, str], rest: list[Row]) -> list[Row]:
@@ -116,6 +117,11 @@ SECTIONS: dict[str, list[Row]] = {
         ],
     ),
     "HIER": [Row("global space alone", "hier", _GLOBAL), Row("global and local: `hier`", "hier")],
+    "Storage of the features": [
+        Row("float16: `infonce`", "infonce"),
+        Row("float32", "infonce", {"featurize.storage": "float32"}),
+        Row("int8", "infonce", {"featurize.storage": "int8"}),
+    ],
     "SEDE on VSE": _sede("sede-vse"),
     "SEDE on SCAN": _sede("sede-scan"),
     "SEDE on VSRN": _sede("sede-vsrn"),
@@ -229,15 +235,10 @@ def main() -> None:
     given = parser.parse_args()
     wanted = [rows for title, rows in SECTIONS.items() if given.only.lower() in title.lower()]
     runs = given.runs.absolute()
-    missing = [
-        (row, seed, folder)
-        for seed in range(given.seeds)
-        for rows in wanted
-        for row in rows
-        if not row.joined and not finished(folder := run_folder(row, seed, runs))
-    ]
+    every = ((row, seed) for seed in range(given.seeds) for rows in wanted for row in rows if not row.joined)
+    missing = {run_folder(*one, runs): one for one in every if not finished(run_folder(*one, runs))}
     with ThreadPoolExecutor(given.jobs) as pool:
-        for done in [pool.submit(train, *one, given) for one in missing]:
+        for done in [pool.submit(train, *one, folder, given) for folder, one in missing.items()]:
             done.result()
     for row in (row for rows in wanted for row in rows if row.joined):
         (folder,) = folders_of(row, given.seeds, runs)

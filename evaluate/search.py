@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from featurize.describe import describe_images, describe_texts, image_encoder, t
 from featurize.encoder import Card
 from featurize.images.decode import decode
 from featurize.images.views import view
+from featurize.imports import is_import
 from featurize.manifest import CacheError
 from featurize.shards import Array
 from train.batches import ColumnRef, FeatureReader, Features
@@ -98,7 +100,12 @@ class Searcher:
         return cls(Path(run))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> (N, E)."""
+        """Texts -> (N, E).
+
+        Raises:
+            featurize.manifest.CacheError: the model reads captions' features that were imported.
+        """
+        _check_describable([*self.inputs.text_vectors, *self.inputs.text_parts, *self.inputs.text_bags], "text")
         answers: dict[str, dict[str, list[Array]]] = {}
 
         def column(ref: ColumnRef) -> list[Array]:
@@ -122,8 +129,13 @@ class Searcher:
             return self.model.index_vectors(self.model.embed_texts(features))
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures -> (N, E): the mean over the views that the model was trained with."""
+        """Pictures -> (N, E): the mean over the views that the model was trained with.
+
+        Raises:
+            featurize.manifest.CacheError: the model reads images' features that were imported.
+        """
         groups = self.inputs.image_vectors + self.inputs.image_parts
+        _check_describable([ref for views in groups for ref in views], "picture")
         with torch.inference_mode():
             views = [
                 self.model.embed_images(self._picture_features(pictures, number)) for number in range(len(groups[0]))
@@ -131,9 +143,9 @@ class Searcher:
             return self.model.index_vectors(self.model.mean_of_views(views))
 
     def _picture_features(self, pictures: Sequence[Image.Image], number: int) -> Features:
-        answers: dict[str, dict[str, Array]] = {}
+        answers: dict[str, dict[str, list[Array]]] = {}
 
-        def column(ref: ColumnRef) -> Array:
+        def column(ref: ColumnRef) -> list[Array]:
             if ref.encoder not in answers:
                 encoder = image_encoder(ref.encoder, self.inputs.precision)
                 _check_weights(ref, encoder.card)
@@ -141,11 +153,10 @@ class Searcher:
                 answers[ref.encoder] = describe_images(encoder, prepared, batch=8)
             return answers[ref.encoder][ref.output]
 
-        parts = tuple(_stored(column(views[number])) for views in self.inputs.image_parts)
+        vectors = [np.stack(column(views[number])) for views in self.inputs.image_vectors]
+        parts = [_padded([_stored(row) for row in column(views[number])]) for views in self.inputs.image_parts]
         return Features(
-            _joined([column(views[number]) for views in self.inputs.image_vectors], len(pictures)),
-            parts,
-            tuple(torch.ones(part.shape[:2], dtype=torch.bool) for part in parts),
+            _joined(vectors, len(pictures)), tuple(part for part, _ in parts), tuple(mask for _, mask in parts)
         )
 
     @cached_property
@@ -213,6 +224,19 @@ def _stored(values: Array) -> Tensor:
 
 def _joined(values: Sequence[Array], rows: int) -> Tensor:
     return torch.cat([_stored(value) for value in values], 1) if values else torch.empty(rows, 0)
+
+
+def _check_describable(refs: Sequence[ColumnRef], query: Literal["text", "picture"]) -> None:
+    """Refuse queries to a model that reads what no network here can say of them."""
+    imported = [ref for ref in refs if is_import(ref.encoder)]
+    if imported:
+        other, setting = {"text": ("a picture", "texts"), "picture": ("a text", "images")}[query]
+        raise CacheError(
+            f"a {query} cannot be asked: the model reads {', '.join(ref.name for ref in imported)} of "
+            f"{', '.join(dict.fromkeys(ref.encoder for ref in imported))}, features that others extracted, and no "
+            f"network here can make them of a new {query}. Ask with {other}, or train a run on encoders only "
+            f"(--featurize.{setting})"
+        )
 
 
 def _check_weights(ref: ColumnRef, card: Card) -> None:

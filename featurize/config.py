@@ -62,12 +62,17 @@ class FeaturizeConfig:
         default=("efficientnet-lite0",),
         metadata={
             "help": "image encoders, joined at training: efficientnet-lite0|1|2, "
-            "torchvision:NAME[@random|@default|@FILE], transformers:FOLDER-OR-HUB-NAME"
+            "torchvision:NAME[@random|@default|@FILE], transformers:FOLDER-OR-HUB-NAME, "
+            "regions:DETECTOR[@WEIGHTS][+ENCODER][+k=36][+score=0.2] with ssd-mobilenet or fasterrcnn_... as DETECTOR, "
+            "import:PATH (features that others extracted)"
         },
     )
     texts: tuple[str, ...] = field(
         default=("minilm",),
-        metadata={"help": "text encoders: minilm, mpnet, lexicon[:LANGUAGE] (words), transformers:FOLDER-OR-HUB-NAME"},
+        metadata={
+            "help": "text encoders: minilm, mpnet, lexicon[:LANGUAGE] (words), transformers:FOLDER-OR-HUB-NAME, "
+            "import:PATH"
+        },
     )
     views: tuple[View, ...] = field(
         default=("plain",),

@@ -31,14 +31,24 @@ def text_encoder(reference: str, precision: Precision) -> TextEncoder:
     return open_text_encoder(reference, precision, device())
 
 
-def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: int) -> dict[str, Array]:
-    """What an encoder says of prepared images: output name -> (N, *shape) float32."""
+def describe_images(encoder: ImageEncoder, prepared: Iterable[Tensor], batch: int) -> dict[str, list[Array]]:
+    """What an encoder says of prepared images: output name -> one array an image, float32 or int32.
+
+    Images of equal size share a forward pass.
+    """
     answers: dict[str, list[Array]] = {}
     remaining = iter(prepared)
     while images := list(itertools.islice(remaining, batch)):
-        for name, values in encoder.encode(torch.stack(images)).items():
-            answers.setdefault(name, []).append(values.numpy())
-    return {name: np.concatenate(values) for name, values in answers.items()}
+        together: dict[str, list[Array]] = {}
+        for size in dict.fromkeys(image.shape for image in images):
+            places = [place for place, image in enumerate(images) if image.shape == size]
+            for name, values in encoder.encode(torch.stack([images[place] for place in places])).items():
+                rows = together.setdefault(name, [np.empty(0)] * len(images))
+                for place, value in zip(places, values, strict=True):
+                    rows[place] = value.numpy()
+        for name, rows in together.items():
+            answers.setdefault(name, []).extend(rows)
+    return answers
 
 
 def describe_texts(encoder: TextEncoder, captions: Sequence[str], batch: int) -> dict[str, list[Array]]:

@@ -1,10 +1,8 @@
 """What every frozen network has in common: how it is called, what it says, what it is, and how it computes.
 
-Image encoders are in `featurize.images`, text encoders in `featurize.texts`. Two more kinds fit without a
-change here. A region encoder (a detector with RoI pooling) is an `ImageEncoder` whose outputs are
-("regions", (K, D)), ("boxes", (K, 4)) and ("scores", (K,)), always K rows, best score first. Features that
-are imported from a file (h5, npy, tsv) have a `Card` (weights = sha256 of the file) with outputs of the same
-names, but nothing to prepare or encode: their reader takes the place of the encoder.
+Image encoders are in `featurize.images`, text encoders in `featurize.texts`. Features that others have extracted
+(`featurize.imports`) have a `Card` (weights = sha256 of the file) with outputs of the same names, but nothing to
+prepare or encode: their reader takes the place of the encoder.
 """
 
 import hashlib
@@ -34,8 +32,8 @@ class Output:
         name: "grid", "pooled", "tokens", "sentence", "lemmas", "regions", ...; it becomes the column's name.
         shape: of one row, e.g. (49, 1280); of a ragged output without its first axis, e.g. (384,).
         ragged: rows have a first axis of varying length L: (L, *shape).
-        dtype: of the stored values. Whole numbers are for captions only: the row of an image that cannot be decoded
-            is NaN.
+        dtype: of the stored values. Whole numbers of images are for ragged outputs only: the row of an image that
+            cannot be decoded is NaN, or empty where rows differ in length.
     """
 
     name: str
@@ -70,17 +68,18 @@ class ImageEncoder(Protocol):
     card: Card
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """One image, resized and cropped: (3, H, W) uint8 RGB on the CPU. Safe to call from threads."""
+        """One image as the network takes it: (3, H, W) uint8 RGB on the CPU. Safe to call from threads."""
         ...
 
-    def encode(self, batch: Tensor) -> dict[str, Tensor]:
+    def encode(self, batch: Tensor) -> Mapping[str, Tensor | list[Tensor]]:
         """What the network says about prepared images.
 
         Args:
-            batch: (B, 3, H, W) uint8, rows made by `prepare`.
+            batch: (B, 3, H, W) uint8, rows made by `prepare`; images of different size cannot share a batch.
 
         Returns:
-            Output name → (B, *shape) float32 on the CPU.
+            Output name → (B, *shape) on the CPU, or for a ragged output B tensors (L_i, *shape); float32, or int32
+            where the output's values are stored so.
         """
         ...
 

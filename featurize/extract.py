@@ -23,6 +23,7 @@ from featurize.describe import describe_images, describe_texts, device, image_en
 from featurize.encoder import Card, Output
 from featurize.images.decode import DecodeError, decode
 from featurize.images.views import view
+from featurize.imports import ImportedRows, open_import
 from featurize.manifest import (
     CacheError,
     Modality,
@@ -74,6 +75,7 @@ class ShardTask:
         digests: sha256 of each image's bytes, as it was indexed.
         targets: what to write.
         batch: rows in a forward pass.
+        imported: where a file holds the rows; None: a network describes them.
     """
 
     modality: Modality
@@ -86,6 +88,7 @@ class ShardTask:
     digests: tuple[str, ...]
     targets: tuple[Target, ...]
     batch: int
+    imported: ImportedRows | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -111,7 +114,8 @@ class Described:
 def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     """Describe one shard's rows and publish a tar for each target; returns column folder -> record.
 
-    A row whose image cannot be decoded is written as NaN and noted in the record: rows keep their places.
+    A row whose image cannot be decoded, or is not in an imported file, is written as NaN (empty, where rows differ in
+    length) and noted in the record: rows keep their places.
 
     Raises:
         CacheError: this machine opens another network under the same reference than the driver did, or the disk is
@@ -137,7 +141,10 @@ def describe(task: ShardTask, rows: Sequence[int]) -> Described:
 
     Raises:
         CacheError: this machine opens another network under the same reference than the task names.
+        featurize.datasets.sample.DataError: an imported file holds values that cannot be stored.
     """
+    if task.imported is not None:
+        return _read_imported(task, rows, task.imported)
     return (_describe_images if task.modality == "image" else _describe_texts)(task, rows)
 
 
@@ -191,6 +198,15 @@ def _describe_texts(task: ShardTask, rows: Sequence[int]) -> Described:
     captions = [caption for sample in task.samples for caption in sample.captions]
     answers = describe_texts(encoder, [captions[row] for row in rows], task.batch)
     return Described({name: dict(zip(rows, values, strict=True)) for name, values in answers.items()}, {})
+
+
+def _read_imported(task: ShardTask, rows: Sequence[int], imported: ImportedRows) -> Described:
+    features = open_import(task.encoder, task.modality, imported.cache)
+    _check_card(task, features.card)
+    outputs = [target.output for target in task.targets] or task.card.outputs
+    answers, failed = features.read(outputs, [imported.places[row] for row in rows])
+    values = {name: dict(zip(rows, found, strict=True)) for name, found in answers.items()}
+    return Described(values, {rows[place]: reason for place, reason in failed.items()})
 
 
 def _read_indexed(sample: Sample, digest: str) -> bytes:

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 from tqdm import tqdm
 
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
 from featurize.encoder import first_line
 from featurize.extract import WORKER_ENV, ShardTask, Target, extract_shard
+from featurize.imports import ImportedRows, is_import
 from featurize.index import Dataset
 from featurize.leases import clear_temporary, held
 from featurize.manifest import (
@@ -26,7 +28,7 @@ from featurize.manifest import (
     write_record,
 )
 from featurize.places import Place
-from featurize.plan import PlannedColumn, encoder_card
+from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
 from featurize.sharing import Donor, KnownRow, known_rows, link, rows_of
 
@@ -57,7 +59,7 @@ def _missing_shards(
         Those that are neither finished nor another shard under a new name; how many rows, in all that was not
         finished, stand elsewhere already.
     """
-    known = known_rows(dataset, column)
+    known = [] if is_import(column.encoder) else known_rows(dataset, column)  # a file's rows may be told by position
     missing: list[_Shard] = []
     start, taken = 0, 0
     for number, first in enumerate(range(0, len(dataset.samples), images_per_shard)):
@@ -98,6 +100,8 @@ def tasks_for(
         One task for each shard that is missing, for all outputs of one network that miss it; and how many of the
         missing rows are known already.
     """
+    by_encoder = {(column.modality, column.encoder): column for column in columns}
+    imported = {key: imported_rows(dataset, column) for key, column in by_encoder.items()}  # before any is begun
     groups: dict[tuple[object, ...], list[_Shard]] = {}
     rows = 0
     for column in columns:
@@ -118,10 +122,21 @@ def tasks_for(
             dataset.digests[first.images],
             tuple(Target(shard.column.output, shard.column.folder, shard.known) for shard in (first, *others)),
             config.image_batch if first.column.modality == "image" else config.text_batch,
+            _imported(dataset, first, imported[first.column.modality, first.column.encoder]),
         )
         for first, *others in groups.values()
     ]
     return tasks, rows
+
+
+def _imported(dataset: Dataset, shard: _Shard, column: ImportedRows | None) -> ImportedRows | None:
+    """Where a file holds the rows of a shard, from where it holds those of the column."""
+    if column is None:
+        return None
+    images = range(len(dataset.samples))[shard.images]
+    if shard.column.modality == "image":
+        return column.part(images)
+    return column.part(np.flatnonzero(np.isin(dataset.caption_image, images)).tolist())
 
 
 def fill(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
@@ -229,5 +244,6 @@ def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[Planne
 
 def _left_out(dataset: Dataset, manifest: Manifest) -> Iterator[Quarantined]:
     images = manifest.missing if manifest.modality == "image" else dataset.caption_image[manifest.missing]
+    stage = "import" if is_import(manifest.reference) else "decode"
     for row, reason in zip(images, manifest.reasons, strict=True):
-        yield Quarantined(dataset.samples[row].image_id, "decode", reason, dataset.digests[row], manifest.name)
+        yield Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row], manifest.name)

@@ -63,7 +63,8 @@ class ShardRecord:
         rows: members in the tar.
         size: bytes of the tar.
         sha256: of the tar.
-        quarantined: rows (within the shard) that hold NaN because their image could not be described.
+        quarantined: rows (within the shard) that hold NaN, or nothing in a ragged column, because their image could
+            not be described.
         reasons: why, one for each.
     """
 
@@ -147,7 +148,7 @@ class Manifest:
 
     @property
     def missing(self) -> Array:
-        """(n,) int64 rows that hold NaN because their image could not be described."""
+        """(n,) int64 rows that hold NaN or nothing because their image could not be described."""
         return np.array(
             [start + row for start, shard in zip(self.starts, self.shards, strict=False) for row in shard.quarantined],
             np.int64,

@@ -4,12 +4,15 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from featurize.columns import column_folder
 from featurize.config import FeaturizeConfig, View
+from featurize.copies import Node
 from featurize.describe import image_encoder, text_encoder
 from featurize.encoder import Card, Output, Precision
+from featurize.imports import ImportedRows, check_imports, is_import, open_import
 from featurize.index import Dataset
 from featurize.manifest import (
     FORMAT_VERSION,
@@ -87,8 +90,7 @@ def encoder_card(column: PlannedColumn) -> Card:
         EncoderError: it cannot be opened.
         CacheError: it is not what made the column.
     """
-    opener = image_encoder if column.modality == "image" else text_encoder
-    card = opener(column.encoder, column.precision).card
+    card = _open_card(column.modality, column.encoder, column.precision, column.folder.parents[1])
     made = {name: column.ingredients[name] for name in ("encoder", "weights", "preprocessing")}
     here = {"encoder": card.name, "weights": card.weights, "preprocessing": card.preprocessing}
     if identity(made) != identity(here):
@@ -98,6 +100,32 @@ def encoder_card(column: PlannedColumn) -> Card:
             "the versions that made it, or run `featurize` again for a column of its own"
         )
     return card
+
+
+def _open_card(modality: Modality, reference: str, precision: Precision, cache: Place) -> Card:
+    """What a reference opens: a network, or features that others have extracted."""
+    if is_import(reference):
+        return open_import(reference, modality, _memory(cache)).card
+    return (image_encoder if modality == "image" else text_encoder)(reference, precision).card
+
+
+def _memory(cache: Place) -> Path:
+    """Where it is remembered what files of features hold: beside the copies, if the cache is in a store."""
+    return cache if isinstance(cache, Path) else Node.here().folder
+
+
+def imported_rows(dataset: Dataset, column: PlannedColumn) -> ImportedRows | None:
+    """Where a file holds the rows of a column; None where a network describes them.
+
+    Raises:
+        DataError: the file's rows cannot be told to be the data set's.
+    """
+    if not is_import(column.encoder):
+        return None
+    cache = _memory(dataset.folder.parent)
+    incomplete = frozenset(problem.image_id for problem in dataset.quarantine)
+    places = open_import(column.encoder, column.modality, cache).places(dataset.samples, incomplete)
+    return ImportedRows(cache, tuple(places))
 
 
 def _outputs(card: Card, reference: str, wanted: Sequence[str]) -> list[Output]:
@@ -125,14 +153,20 @@ def plan(
 
     Raises:
         CacheError: an encoder lacks an output that is wanted, or no encoder has it.
+        EncoderError: imported features cannot stand beside the others.
     """
+    check_imports(config.images, config.texts, config.views)
+    cache = dataset.folder.parent
     planned: list[PlannedColumn] = []
     encoders: list[tuple[Modality, str, Card, tuple[View, ...], Sequence[str]]] = [
         *(
-            ("image", ref, image_encoder(ref, config.precision).card, config.views, image_outputs)
+            ("image", ref, _open_card("image", ref, config.precision, cache), config.views, image_outputs)
             for ref in config.images
         ),
-        *(("text", ref, text_encoder(ref, config.precision).card, ("plain",), text_outputs) for ref in config.texts),
+        *(
+            ("text", ref, _open_card("text", ref, config.precision, cache), ("plain",), text_outputs)
+            for ref in config.texts
+        ),
     ]
     for modality, reference, card, views, wanted in encoders:
         safe = re.sub(r"[^A-Za-z0-9_-]", "-", card.name)

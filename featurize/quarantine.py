@@ -15,7 +15,8 @@ class Quarantined:
 
     Attributes:
         image_id: whose it is.
-        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes).
+        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in
+            the imported file).
         reason: what was found.
         sha256: of the image bytes, where there were any.
         column: that lacks it; "" where the data set itself does.

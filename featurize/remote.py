@@ -3,6 +3,7 @@
 What is open is kept for the whole process, by content: columns that are opened twice share it.
 """
 
+import io
 import itertools
 import os
 import resource
@@ -10,13 +11,15 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from upath import UPath
 
 from featurize.copies import Node, NoRoomError, open_copy
-from featurize.manifest import Manifest, ShardRecord
+from featurize.manifest import CacheError, Manifest, ShardRecord
+from featurize.places import answering, read
 from featurize.shards import Array, Shard, ShardError
 from featurize.streams import StreamedShard, stream
 
@@ -138,6 +141,18 @@ class RemoteShards:
             while ahead:
                 yield ahead.popleft().result()
                 ahead.extend(pool.submit(self.__getitem__, number) for number in itertools.islice(left, 1))
+
+    @cached_property
+    def longest(self) -> int:
+        """L of the longest row of a ragged column, at least 1, by the indexes in the store: no shard is fetched."""
+
+        def length(number: int) -> int:
+            path = self.folder / f"{number:06d}.idx.npy"
+            with answering(path, CacheError):
+                return int(np.load(io.BytesIO(read(path)), allow_pickle=False)[:, 1].max(initial=0))
+
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            return max([1, *pool.map(length, range(len(self)))])
 
 
 def open_remote(node: Node, source: UPath, record: ShardRecord, *, ragged: bool) -> Shard:

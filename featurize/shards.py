@@ -11,7 +11,7 @@ one `.npy` member for each row, in row order:
 
 *Fixed* columns: every row has the same shape, hence every member the same size (the stride), hence row i begins at
 byte `i * stride + 640`, and the shard opens as one strided array over the mapped file, with nothing to convert.
-*Ragged* columns (tokens, lemmas): rows are (L_i, D) or (L_i,) with L_i >= 0; `<shard>.idx.npy` beside the
+*Ragged* columns (tokens, lemmas, regions): rows are (L_i, D) or (L_i,) with L_i >= 0; `<shard>.idx.npy` beside the
 tar, (rows, 2) int64, holds the byte at which row i's values begin and L_i. It can be rebuilt from the tar alone.
 
 *int8* columns: instead of each vector of D float16 numbers (a row, or a part of one) a record of its scale, float32,
@@ -282,6 +282,11 @@ class Shards(Protocol):
         """Several, in this order; while one is used the next are fetched."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """L of the longest row of a ragged column, at least 1."""
+        ...
+
 
 class _Opened(list[Shard]):
     """Local shards, all open."""
@@ -298,6 +303,10 @@ class _Opened(list[Shard]):
 
     def each(self, numbers: Array) -> Iterator[Shard]:
         return map(self.__getitem__, numbers)
+
+    @property
+    def longest(self) -> int:
+        return max([1, *(int(shard.index[:, 1].max(initial=0)) for shard in self if shard.index is not None)])
 
 
 class Column:
@@ -347,6 +356,11 @@ class Column:
         """One row, (*shape) or ragged (L, *shape)."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.shards[shard].row(row - int(self.starts[shard]))
+
+    @property
+    def longest(self) -> int:
+        """L of the longest row of a ragged column, at least 1."""
+        return self.shards.longest
 
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""

@@ -19,7 +19,7 @@ from featurize.extract import ShardTask, describe
 from featurize.index import Dataset, content_id, open_dataset
 from featurize.manifest import CacheError, Manifest, ShardRecord, read_manifest, shard_path
 from featurize.places import Place, found, read
-from featurize.plan import PlannedColumn, encoder_card
+from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.shards import Array, Shard, ShardError, index_of
 from featurize.sharing import sha256_of
 
@@ -186,8 +186,19 @@ def drift(dataset: Dataset, folder: Place, manifest: Manifest, images: int, seed
         require_unchanged(samples, digests)
     else:
         rows = np.flatnonzero(np.isin(dataset.caption_image, chosen))
+    imported = imported_rows(dataset, column)
     task = ShardTask(
-        column.modality, column.encoder, card, column.precision, column.view, 0, samples, digests, (), batch=8
+        column.modality,
+        column.encoder,
+        card,
+        column.precision,
+        column.view,
+        0,
+        samples,
+        digests,
+        (),
+        batch=8,
+        imported=imported.part(rows.tolist()) if imported is not None else None,
     )
     again = describe(task, range(len(rows))).values[column.output.name]
     stored = mapped(folder, manifest)

@@ -76,6 +76,8 @@ CACHE_HELP = """
 A data set that changes becomes another version beside the first; what both share is neither described nor stored
 twice, and a run keeps to the version that it began with."""
 
+EXPORT_FORMATS = ("h5", "npy", "parquet", "webdataset")
+
 USER_ERRORS = {
     "evaluate.index": "IndexFileError",
     "evaluate.ranks": "EvaluationError",
@@ -200,7 +202,7 @@ def build_parser() -> _Parser:
     join.add_argument("--runs", default=RunConfig.runs, metavar="DIR", help="the folder of runs; default %(default)s")
     join.set_defaults(command=_join)
 
-    _add_cache(add("cache", "ls|verify|explain|repair|gc ...", "look after the feature cache", CACHE_HELP))
+    _add_cache(add("cache", "ls|verify|explain|repair|export|gc ...", "look after the feature cache", CACHE_HELP))
 
     submit = add(
         "submit",
@@ -254,6 +256,11 @@ def _add_cache(cache: _Parser) -> None:
     gc.add_argument("--days", type=_days, default=7, metavar="N", help="spare what is younger; default %(default)s")
     gc.add_argument("--delete", action="store_true", help="free what is listed")
     gc.set_defaults(command=_cache_gc)
+    export = add("export", "write columns as files for others; import:FILE reads them back", whole=False)
+    export.add_argument("columns", nargs="+", metavar="COLUMN_FOLDER", help="of a finished column; several are joined")
+    export.add_argument("out", metavar="OUT", help="the file or folder to write; nothing is written over")
+    export.add_argument("--format", choices=EXPORT_FORMATS, default="h5", help="default %(default)s")
+    export.set_defaults(command=_cache_export)
 
 
 def _layout(prog: str) -> argparse.RawDescriptionHelpFormatter:
@@ -453,6 +460,13 @@ def _cache_repair(args: argparse.Namespace) -> int:
     from pipeline import upkeep
 
     return 1 if upkeep.repair(args.cache, RayConfig(address=args.address)) else 0
+
+
+def _cache_export(args: argparse.Namespace) -> int:
+    from pipeline import upkeep
+
+    upkeep.export(args.columns, args.out, args.format)
+    return 0
 
 
 def _cache_gc(args: argparse.Namespace) -> int:

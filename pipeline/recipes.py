@@ -24,6 +24,7 @@ from train.config import (
     ModelConfig,
     ObjectiveConfig,
     QuantizationConfig,
+    ScanConfig,
     SigLIPConfig,
     TowerConfig,
     TrainConfig,
@@ -78,9 +79,10 @@ _REASONING = replace(_CELLS, context="graph", layers=2, aggregator="memory")
 _COMPARED = replace(
     _POOLED.model,
     host="scan",
+    scan=ScanConfig(direction="t2i"),
     dim=256,
     image=replace(_CELLS, vectors=(), input_dropout=0.3),
-    text=replace(_TOKENS, vectors=(), bags=()),
+    text=replace(_TOKENS, vectors=(), bags=(), context="bigru"),
 )
 
 # A second text encoder, a random crop as a third view, two heads and longer training.
@@ -155,15 +157,15 @@ RECIPES: dict[str, Recipe] = {
                 model=_COMPARED,
                 batch=128,
                 captions_per_image=1,
-                epochs=8,
-                objective=replace(_SEDE, bank=replace(_SEDE.bank, size=256)),
+                epochs=4,
+                objective=replace(_SEDE, bank=replace(_SEDE.bank, size=128)),
             ),
         ),
         _recipe_of(
             "sede-vsrn",
             "The same three modules on region graph reasoning with a gated memory (VSRN, Li et al., ICCV 2019). "
             f"{_SEDE_SOURCE}.",
-            replace(_PARTS, model=replace(_PARTS.model, image=_REASONING), objective=_SEDE),
+            replace(_PARTS, model=replace(_PARTS.model, image=_REASONING), objective=_SEDE, epochs=8),
         ),
         _recipe_of(
             "vse0", f"Sum of hinges over all negatives. {_VSEPP_SOURCE}.", replace(_POOLED, objective=_hinge("all"))

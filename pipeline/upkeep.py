@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from featurize import export as features
 from featurize import upkeep
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
@@ -114,6 +115,12 @@ def repair(cache: str, ray: RayConfig) -> int:
         left += len(problems)
     print(f"{left} problems are left" if left else "every shard is as its manifest says")
     return left
+
+
+def export(columns: list[str], target: str, kind: str) -> None:
+    """Write columns as files for others, and print what was left out."""
+    left_out = features.export([place(column, CacheError) for column in columns], Path(target), kind)
+    print(f"{target} is written" + (f", without {left_out} rows that hold no values" if left_out else ""))
 
 
 def gc(cache: str, days: float, *, delete: bool) -> None:

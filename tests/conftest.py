@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision.models
 
 from featurize.columns import column_folder
 from featurize.datasets.sample import Sample
@@ -139,3 +140,26 @@ def tiny_config():
         ema=0.9,
         workers=0,
     )
+
+
+@pytest.fixture(scope="session")
+def detector_file(tmp_path_factory):
+    """Weights of fasterrcnn_mobilenet_v3_large_320_fpn that know nothing, but see a difference between boxes.
+
+    Its norms are fitted to noise: with plain random weights hardly a signal reaches the last layers.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = torchvision.models.get_model(
+            "fasterrcnn_mobilenet_v3_large_320_fpn", weights=None, weights_backbone=None
+        )
+        noise = torch.randn(2, 3, 320, 320)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.backbone.train()(noise)
+        model.roi_heads.box_predictor.cls_score.weight *= 10
+    path = tmp_path_factory.mktemp("detector") / "weights.pth"
+    torch.save({"model": model.state_dict(), "epoch": 3}, path)
+    return path

@@ -1,6 +1,7 @@
 """Batches: what towers and losses see, and how it comes from mapped columns."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -220,9 +221,12 @@ class FeatureReader:
         self._text_bags = [opened(ref) for ref in inputs.text_bags]
         self._semantic = opened(inputs.semantic) if inputs.semantic else None
         self._lemmas = opened(inputs.lemmas) if inputs.lemmas else None
-        described = [column for views in self._image_vectors + self._image_parts for column in views]
-        for column in [*described, *self._text_vectors, *self._text_parts, *self._text_bags]:
-            _check_kind(column, words=column in self._text_bags)
+        for column in [*itertools.chain(*self._image_vectors), *self._text_vectors]:
+            _check_kind(column, "vectors")
+        for column in [*itertools.chain(*self._image_parts), *self._text_parts]:
+            _check_kind(column, "parts")
+        for column in self._text_bags:
+            _check_kind(column, "bags")
         self.views = len((self._image_vectors or self._image_parts)[0])
         image_columns = [column for views in self._image_vectors + self._image_parts for column in views]
         manifests = [read_manifest(column.folder) for column in image_columns]
@@ -254,23 +258,15 @@ class FeatureReader:
         return torch.from_numpy(np.searchsorted(images, self.caption_image[captions]))
 
     def images(self, rows: Array, views: Array) -> Features:
-        """Features of image rows (N,), each in the view (N,) that is asked for."""
+        """Features of image rows (N,), each in the view (N,) that is asked for.
 
-        def pick(columns: list[Column], gather: Callable[[Column, Array], Array]) -> Array:
-            if not views.any():
-                return gather(columns[0], rows)
-            out = np.empty((len(rows), *columns[0].shape), columns[0].dtype)
-            for number, column in enumerate(columns):
-                places = np.flatnonzero(views == number)
-                if len(places):
-                    out[places] = gather(column, rows[places])
-            return out
-
-        parts = tuple(_tensor(pick(columns, Column.gather)) for columns in self._image_parts)
+        Parts of a ragged column are padded to the longest row of all its views, so that K is the same in every batch.
+        """
+        parts = [_view_parts(columns, rows, views) for columns in self._image_parts]
         return Features(
-            _side_by_side([pick(columns, Column.gather) for columns in self._image_vectors], len(rows)),
-            parts,
-            tuple(torch.ones(part.shape[:2], dtype=torch.bool) for part in parts),
+            _side_by_side([_view_rows(columns, rows, views) for columns in self._image_vectors], len(rows)),
+            tuple(_tensor(values) for values, _ in parts),
+            tuple(torch.from_numpy(mask) for _, mask in parts),
         )
 
     def texts(self, rows: Array) -> Features:
@@ -338,12 +334,52 @@ def _dims(vectors: Sequence[Column], parts: Sequence[Column]) -> tuple[int, tupl
     return sum(column.shape[-1] for column in vectors), tuple(column.shape[-1] for column in parts)
 
 
-def _check_kind(column: Column, *, words: bool) -> None:
-    if (column.dtype.kind == "i") != words:
-        found = "vectors" if words else "lemma ids"
+def _check_kind(column: Column, role: Literal["vectors", "parts", "bags"]) -> None:
+    """Whether a column holds what a tower reads by this setting.
+
+    Raises:
+        SettingsError: it holds something else.
+    """
+    if (column.dtype.kind == "i") != (role == "bags"):
+        found = "vectors" if role == "bags" else "class ids" if column.name.endswith("labels") else "lemma ids"
         raise SettingsError(
             f"{column.name} holds {found}: a tower reads lemmas by its `bags`, everything else by `vectors` or `parts`"
         )
+    shape = (*(["L"] if column.ragged else []), *column.shape)
+    if role != "bags" and len(shape) != (1 if role == "vectors" else 2):
+        raise SettingsError(
+            f"{column.name} has rows of shape ({', '.join(map(str, shape))}): a tower reads one vector a row, (D,), by "
+            "its `vectors`, and several, (K, D) or (L, D), by its `parts`"
+        )
+
+
+def _view_rows(columns: Sequence[Column], rows: Array, views: Array) -> Array:
+    """Rows (N, *shape) of fixed columns, one column a view, each row in the view (N,) that is asked for."""
+    if not views.any():
+        return columns[0].gather(rows)
+    out = np.empty((len(rows), *columns[0].shape), columns[0].dtype)
+    for number, column in enumerate(columns):
+        places = np.flatnonzero(views == number)
+        if len(places):
+            out[places] = column.gather(rows[places])
+    return out
+
+
+def _view_parts(columns: Sequence[Column], rows: Array, views: Array) -> tuple[Array, Array]:
+    """Parts (N, K, D) and mask (N, K) of columns, one column a view, each row in the view (N,) that is asked for."""
+    if not columns[0].ragged:
+        values = _view_rows(columns, rows, views)
+        return values, np.ones(values.shape[:2], np.bool_)
+    longest = max(column.longest for column in columns)
+    out = np.zeros((len(rows), longest, *columns[0].shape), columns[0].dtype)
+    mask = np.zeros((len(rows), longest), np.bool_)
+    for number, column in enumerate(columns):
+        places = np.flatnonzero(views == number)
+        if len(places):
+            values, real = column.gather_padded(rows[places])
+            out[places, : real.shape[1]] = values
+            mask[places, : real.shape[1]] = real
+    return out, mask
 
 
 def _lemmas(column: Column, captions: Array) -> Lemmas:

@@ -20,7 +20,7 @@ class TowerConfig:
         default=("pooled",), metadata={"help": "encoder outputs with one vector a row, joined side by side"}
     )
     parts: tuple[str, ...] = field(
-        default=(), metadata={"help": "encoder outputs with many parts a row (grid, tokens); empty: none"}
+        default=(), metadata={"help": "encoder outputs with many parts a row (grid, regions, tokens); empty: none"}
     )
     bags: tuple[str, ...] = field(
         default=(), metadata={"help": "outputs with the words of a caption (lemmas; text only); empty: none"}

@@ -13,7 +13,8 @@ def open_image_encoder(reference: str, precision: Precision = "bfloat16", device
     Args:
         reference: "efficientnet-lite0", "efficientnet-lite1" or "efficientnet-lite2" (installed with the
             project); "torchvision:NAME[@default|@random[:SEED]|@FILE]" (`featurize.images.classification`);
-            "transformers:FOLDER-OR-HUB-NAME" (`featurize.images.backbone`).
+            "transformers:FOLDER-OR-HUB-NAME" (`featurize.images.backbone`);
+            "regions:DETECTOR[@WEIGHTS][+ENCODER][+k=36][+score=0.2]" (`featurize.images.regions`).
         precision: of the forward pass. Where the device has no bfloat16 it is float32; the card tells.
         device: where the network runs, e.g. "cpu", "cuda".
 
@@ -34,8 +35,13 @@ def open_image_encoder(reference: str, precision: Precision = "bfloat16", device
         from featurize.images.backbone import open_backbone
 
         return open_backbone(reference, precision, device)
-    nearest = difflib.get_close_matches(reference, (*_PACKAGED, "torchvision:", "transformers:"), n=1, cutoff=0)[0]
+    if reference.startswith("regions:"):
+        from featurize.images.regions import open_regions
+
+        return open_regions(reference, precision, device)
+    families = ("torchvision:", "transformers:", "regions:")
+    nearest = difflib.get_close_matches(reference, (*_PACKAGED, *families), n=1, cutoff=0)[0]
     raise EncoderError(
         f"unknown image encoder {reference!r}, the nearest is {nearest!r}; expected {', '.join(_PACKAGED)}, "
-        "torchvision:NAME[@default|@random[:SEED]|@FILE] or transformers:FOLDER-OR-HUB-NAME"
+        "torchvision:NAME[@default|@random[:SEED]|@FILE], transformers:FOLDER-OR-HUB-NAME or regions:DETECTOR"
     )

@@ -10,18 +10,20 @@ from pipeline.config import merge
 from pipeline.recipes import RECIPES
 
 ROWS = [row for rows in SECTIONS.values() for row in rows]
+TWICE = {"float16: `infonce`"}  # a section's first row may be another section's row
 
 
 def settings(row):
-    changes = {f"train.{key}": value for key, value in row.changes.items()}
-    return merge(RECIPES[row.method].config, changes, row.name)
+    flags = iter(row.flags())
+    return merge(RECIPES[row.method].config, {flag.removeprefix("--"): next(flags) for flag in flags}, row.name)
 
 
 def test_every_row_has_a_folder_and_settings_of_its_own():
-    folders = [folder for row in ROWS for folder in folders_of(row, 3, Path("runs"))]
+    rows = [row for row in ROWS if row.name not in TWICE]
+    folders = [folder for row in rows for folder in folders_of(row, 3, Path("runs"))]
     assert len(set(folders)) == len(folders)
     assert max(len(folder.name) for folder in folders) < 200
-    configs = [settings(row) for row in ROWS if not row.joined]
+    configs = [settings(row) for row in rows if not row.joined]
     assert all(one != other for number, one in enumerate(configs) for other in configs[:number])
 
 
