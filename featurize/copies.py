@@ -90,9 +90,7 @@ class Node:
             (self.folder / "locks").mkdir(mode=0o700, parents=True, exist_ok=True)
             owner = self.folder.stat().st_uid
         except OSError as error:
-            raise CacheError(
-                f"no folder for copies of remote shards ({error}); set ISTHMUS_LOCAL to another"
-            ) from error
+            raise CacheError(f"no folder for copies of shards ({error}); set ISTHMUS_LOCAL to another") from error
         if owner != os.getuid():
             raise CacheError(f"{self.folder}: belongs to another user; set ISTHMUS_LOCAL to a folder of your own")
 

@@ -218,6 +218,11 @@ def found(folder: Place, pattern: str) -> list[Place]:
     return sorted(folder.glob(pattern), key=str)
 
 
+def prefix(folder: Place) -> str:
+    """A folder's text as names begin that lie in it, without the slash in which a bucket's ends."""
+    return str(folder).rstrip("/")
+
+
 @dataclass(frozen=True)
 class File:
     """A file in a folder.
@@ -240,7 +245,7 @@ def files(folder: Place) -> list[File]:
     if isinstance(folder, Path):
         status = [(path.name, path.stat()) for path in folder.iterdir() if path.is_file()]
         return [File(name, one.st_size, one.st_mtime, one.st_nlink > 1) for name, one in status]
-    listed = [one for one in folder.fs.ls(folder.path, detail=True) if one["type"] == "file"]
+    listed = [one for one in _listing(folder) if one["type"] == "file"]
     return [File(one["name"].rpartition("/")[2], one["size"] or 0, _modified(one)) for one in listed]
 
 
@@ -248,8 +253,17 @@ def folders(folder: Place) -> list[Place]:
     """The folders in a folder, sorted by name; a store is asked once."""
     if isinstance(folder, Path):
         return sorted(path for path in folder.iterdir() if path.is_dir())
-    listed = [one["name"] for one in folder.fs.ls(folder.path, detail=True) if one["type"] == "directory"]
+    listed = [one["name"] for one in _listing(folder) if one["type"] == "directory"]
     return [folder / name.rstrip("/").rpartition("/")[2] for name in sorted(listed)]
+
+
+def _listing(folder: UPath) -> list[dict[str, Any]]:
+    """A store's description of what lies in a folder; stores know no empty ones."""
+    try:
+        listed: list[dict[str, Any]] = folder.fs.ls(folder.path, detail=True)
+    except FileNotFoundError:
+        return []
+    return listed
 
 
 def _modified(info: dict[str, object]) -> float:

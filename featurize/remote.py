@@ -24,6 +24,7 @@ from featurize.shards import Array, Shard, ShardError
 from featurize.streams import StreamedShard, stream
 
 _FETCHES = 4  # at a time
+_FEWEST = 16  # shards that are kept open, whatever the limits
 
 
 class _Open:
@@ -47,7 +48,7 @@ class _Open:
 
         A mapped shard takes two files: numpy's map and the lock.
         """
-        most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        most = max(_FEWEST, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
         with self._lock:
             self._drop(sha256)
             self._shards[sha256] = shard

@@ -1,14 +1,15 @@
 """Shards that are never a file on this machine: read by webdataset from the store into memory."""
 
 import io
+import tarfile
 from collections.abc import Iterator
 
 import numpy as np
 from upath import UPath
 
-from featurize.copies import patiently, pieces
-from featurize.manifest import ShardRecord
-from featurize.shards import Array, Shard, ShardError, numbers
+from featurize.copies import DamagedError, patiently, pieces
+from featurize.manifest import CacheError, ShardRecord
+from featurize.shards import Array, Shard, numbers
 
 
 class StreamedShard(Shard):
@@ -36,10 +37,14 @@ class StreamedShard(Shard):
             for member in tar_file_iterator(file):
                 self._keys.append(member["fname"].removesuffix(".npy"))
                 values.append(np.load(io.BytesIO(member["data"]), allow_pickle=False))
-        finally:
-            file.drain()  # whatever is wrong, a wrong checksum says it better
+        except CacheError:
+            raise
+        except (tarfile.TarError, ValueError) as error:
+            file.drain()  # a wrong checksum says it better
+            raise DamagedError(f"{source}: cannot be read as a shard ({error})") from error
+        file.drain()
         if len(values) != record.rows:
-            raise ShardError(f"{source}: holds {len(values)} rows, its manifest says {record.rows}")
+            raise DamagedError(f"{source}: holds {len(values)} rows, its manifest says {record.rows}")
         self.size = sum(value.nbytes for value in values)
         self._describe(values[0].shape[1:] if ragged else values[0].shape, values[0].dtype)
         self._values: list[Array] | None = values if ragged else None

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from featurize.datasets.sample import DataError, Sample, image_pattern, read_json, required, split_in
-from featurize.places import Place, found
+from featurize.places import Place, found, prefix
 
 _PLACES = ("{part}/{name}", "images/{part}/{name}", "images/{name}", "{name}")
 
@@ -51,7 +51,7 @@ def _read_file(path: Place) -> Iterator[Sample]:
     for image, name in zip(images, names, strict=True):
         yield Sample(
             image_id=str(image["id"]),
-            image=f"{root}/{pattern.format(**name)}",
+            image=f"{prefix(root)}/{pattern.format(**name)}",
             captions=tuple(captions[image["id"]]),
             split=split,
         )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from featurize.datasets.sample import DataError, Sample, image_pattern, open_text
-from featurize.places import Place
+from featurize.places import Place, prefix
 
 CAPTIONS_FILE = "Flickr8k.token.txt"
 
@@ -51,7 +51,7 @@ def read_flickr8k(root: Place) -> Iterator[Sample]:
     for name in names:
         yield Sample(
             image_id=PurePosixPath(name).stem,
-            image=f"{root}/{pattern.format(name=name)}",
+            image=f"{prefix(root)}/{pattern.format(name=name)}",
             captions=tuple(captions.get(name, ())),
             split=splits[name],
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from featurize.datasets.sample import IMAGE_SUFFIXES, SPLIT_NAMES, DataError, Sample, caption_lines, open_text
-from featurize.places import Place
+from featurize.places import Place, prefix
 
 
 def read_folder(root: Place) -> Iterator[Sample]:
@@ -20,7 +20,7 @@ def read_folder(root: Place) -> Iterator[Sample]:
         DataError: two images differ by their extension only, so one text file would describe both.
     """
     for inside, names in _walk(root):
-        folder = str(root / inside) if inside.parts else str(root)
+        folder = prefix(root / inside) if inside.parts else prefix(root)
         split = SPLIT_NAMES.get(inside.parts[0].lower(), "") if inside.parts else ""
         images: dict[str, str] = {}
         for name in names:
@@ -62,7 +62,7 @@ def _captions(root: Place, inside: PurePosixPath, stems: list[str]) -> Iterator[
         return
     base = root / inside if inside.parts else root
     for start in range(0, len(stems), 256):
-        paths = [f"{base.path}/{stem}.txt" for stem in stems[start : start + 256]]
+        paths = [f"{base.path.rstrip('/')}/{stem}.txt" for stem in stems[start : start + 256]]
         texts = root.fs.cat(paths)
         texts = texts if isinstance(texts, dict) else dict.fromkeys(paths, texts)
         for path in paths:

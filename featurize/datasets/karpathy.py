@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from featurize.datasets.sample import DataError, Sample, image_pattern, read_json, required
-from featurize.places import Place, found
+from featurize.places import Place, found, prefix
 
 _PLACES = (
     "images/{name}",
@@ -50,7 +50,7 @@ def read_karpathy(root: Place) -> Iterator[Sample]:
         split = required(image, "split", str, place)
         yield Sample(
             image_id=str(image["cocoid"]) if "cocoid" in image else PurePosixPath(named["name"]).stem,
-            image=f"{root}/{pattern.format(**named)}",
+            image=f"{prefix(root)}/{pattern.format(**named)}",
             captions=tuple(required(s, "raw", str, f"{place}, a sentence").strip() for s in sentences),
             split="train" if split == "restval" else split,
         )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from featurize.config import TableConfig
 from featurize.datasets.sample import DataError, Sample, nearest, open_text
-from featurize.places import Place
+from featurize.places import Place, prefix
 
 _Row = tuple[str, Mapping[str, Any]]  # where the row stands, for messages; its cells by column
 
@@ -64,7 +64,7 @@ def read_table(root: Place, config: TableConfig) -> Iterator[Sample]:
         if "://" not in location and isinstance(path, Path):
             location = str(path.parent / location)
         elif "://" not in location and not location.startswith("/"):
-            location = f"{path.parent}/{location}"
+            location = f"{prefix(path.parent)}/{location}"
         yield Sample(image_id=image_id, image=location, captions=tuple(known.captions), split=known.split)
 
 
