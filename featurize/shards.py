@@ -352,6 +352,11 @@ class Column:
         for shard, number, places in zip(self.shards.each(owners), owners, np.split(order, firsts[1:]), strict=True):
             yield shard, rows[places] - self.starts[number], places
 
+    def prepare(self, rows: Array) -> None:
+        """Open the shards of rows (N,), so that they are at hand."""
+        for _ in self._split(rows):
+            pass
+
     def row(self, row: int) -> Array:
         """One row, (*shape) or ragged (L, *shape)."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1

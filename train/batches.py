@@ -205,6 +205,7 @@ class FeatureReader:
         dataset: the index.
         views: number of views of each image.
         missing: (n,) image rows without features in some column.
+        images_per_shard: images whose rows stand in one shard of the first column.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -230,6 +231,7 @@ class FeatureReader:
         self.views = len((self._image_vectors or self._image_parts)[0])
         image_columns = [column for views in self._image_vectors + self._image_parts for column in views]
         manifests = [read_manifest(column.folder) for column in image_columns]
+        self.images_per_shard = next(manifest.images_per_shard for manifest in manifests if manifest)
         self.missing = np.unique(np.concatenate([manifest.missing for manifest in manifests if manifest]))
 
     @cached_property
@@ -315,6 +317,15 @@ class FeatureReader:
         """Frozen sentence vectors (N, S) of caption rows, for a run whose objective compares captions."""
         assert self._semantic is not None, "Inputs.of names a sentence column where compares_captions is true"
         return self._semantic.gather(captions)
+
+    def prepare(self, captions: Array) -> None:
+        """Bring the shards of captions (N,) and of their images to this node, if they lie elsewhere."""
+        images = np.unique(self.caption_image[captions])
+        for column in itertools.chain(*self._image_vectors, *self._image_parts):
+            column.prepare(images)
+        semantic = [self._semantic] if self._semantic else []
+        for column in [*self._text_vectors, *self._text_parts, *self._text_bags, *semantic]:
+            column.prepare(captions)
 
     def batch(self, draw: Draw) -> Batch:
         """The drawn captions and their images."""

@@ -18,6 +18,7 @@ import torch
 
 from evaluate.embed import embed_split
 from evaluate.protocols import evaluate_host
+from featurize import copies
 from featurize import fill as filling
 from featurize.columns import column_folders, open_column
 from featurize.config import DataConfig, FeaturizeConfig, ScenesConfig, TableConfig
@@ -93,6 +94,32 @@ def test_training_from_a_store_gives_the_same_numbers(
         assert copies <= float(gib) * 2**30
     else:
         assert copies
+
+
+def test_windows_with_a_disk_smaller_than_the_cache(tiny_cache, tiny_config, bucket, node, monkeypatch):
+    """Room for two windows of one shard of each column; every shard is fetched about once an epoch."""
+    config = replace(tiny_config, epochs=2, window=1)
+    expected, _ = trained(tiny_cache, config, node.parent / "here")
+    cache = moved(tiny_cache, bucket)
+    names = ("one.pooled", "one.pooled.flip", "two.pooled", "two.pooled.flip", "words.sentence")
+    shards = [shard for c in cache.columns if c.name in names for shard in read_manifest(c.folder).shards]
+    room = 2 * sum(max(s.size for s in read_manifest(c.folder).shards) for c in cache.columns if c.name in names)
+    assert room < sum(shard.size for shard in shards)
+    monkeypatch.setenv("ISTHMUS_LOCAL_GIB", repr(room / 2**30))
+    fetched, most = [], []
+    fetch = copies._fetch
+
+    def counting(settings, source, record, path):
+        fetched.append(str(source))
+        held = fetch(settings, source, record, path)
+        most.append(sum(one.stat().st_size for one in node.glob("*.tar")))
+        return held
+
+    monkeypatch.setattr(copies, "_fetch", counting)
+    logged, _ = trained(cache, config, node.parent / "there")
+    assert logged == expected
+    assert max(most) <= room
+    assert len(fetched) <= 4 * len(shards)  # two epochs, each with a validation
 
 
 def test_a_second_node_pulls_only_what_it_needs(tiny_cache, tiny_config, bucket, tmp_path, monkeypatch):
@@ -286,6 +313,7 @@ def wait_for(condition, process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_that_is_killed_with_the_lease_and_two_at_once(pictures, bucket, s3, tmp_path):
     """What it finished stays, and of two jobs that wait for its lease one takes it over."""
     for path in pictures.iterdir():
