@@ -24,7 +24,7 @@ from torch import Tensor
 from evaluate.metrics import Report
 from evaluate.protocols import evaluate_full, rank_against
 from evaluate.ranks import EvaluationError, Ranks, check_embeddings
-from featurize.shards import publish
+from featurize.places import publish
 from train.config import QuantizationConfig, SettingsError
 from train.quantize import ProductCodebook
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from evaluate.ranks import EvaluationError, check_embeddings
-from featurize.shards import publish
+from featurize.places import publish
 
 Gallery = Literal["images", "captions"]
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from featurize.shards import fsync_folder, publish, temporary_name
+from featurize.places import fsync_folder, publish, temporary_name
 
 FORMAT = 1
 MANIFEST = "index.json"

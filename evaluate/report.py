@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from evaluate.metrics import METRIC_NAMES, Metrics, Report
-from featurize.shards import publish
+from featurize.places import publish
 
 THUMBNAIL = 160
 """Height of the embedded pictures in pixels; panoramas are at most three times as wide."""

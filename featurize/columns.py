@@ -1,21 +1,23 @@
 """Columns of a data set, opened only if they are what they must be."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from featurize.index import Dataset
 from featurize.manifest import CacheError, Manifest, Modality, read_manifest
+from featurize.places import Place, folders, found
+from featurize.remote import RemoteShards
 from featurize.shards import Column, Shard, ShardError, row_key
 
 
-def column_folder(dataset: Dataset, name: str, column_id: str) -> Path:
+def column_folder(dataset: Dataset, name: str, column_id: str) -> Place:
     """Where a column lives."""
     return dataset.folder / f"{name}@{column_id[:8]}"
 
 
-def column_folders(dataset_folder: Path) -> list[Path]:
+def column_folders(dataset_folder: Place) -> list[Place]:
     """Every column of a data set, finished or not."""
-    return sorted(path for path in dataset_folder.iterdir() if path.is_dir() and "@" in path.name)
+    return [folder for folder in folders(dataset_folder) if "@" in folder.name]
 
 
 def open_column(dataset: Dataset, name: str, column_id: str) -> Column:
@@ -27,7 +29,7 @@ def open_column(dataset: Dataset, name: str, column_id: str) -> Column:
     folder = column_folder(dataset, name, column_id)
     manifest = read_manifest(folder)
     if manifest is None:
-        others = [path.name for path in dataset.folder.glob(f"{name}@*") if path != folder]
+        others = [path.name for path in found(dataset.folder, f"{name}@*") if path != folder]
         also = f" (there is {', '.join(others)}, of another identity)" if others else ""
         raise CacheError(f"{folder}: not in the cache{also}; run `python -m pipeline featurize` first")
     if manifest.id != column_id:
@@ -38,24 +40,39 @@ def open_column(dataset: Dataset, name: str, column_id: str) -> Column:
     expected = dataset.rows(manifest.modality)
     if manifest.rows != expected:
         raise CacheError(f"{folder}: {manifest.rows} rows, but the data set has {expected}; run `featurize` again")
+    keys = row_keys(dataset, manifest.modality)
+    starts = manifest.starts
+
+    def check(number: int, shard: Shard) -> None:
+        if problem := misplaced(shard, keys[starts[number] : starts[number + 1]], [0, shard.rows - 1]):
+            raise CacheError(problem)
+
     try:
-        column = mapped(folder, manifest)
+        return mapped(folder, manifest, check)
     except ShardError as error:
         raise CacheError(str(error)) from error
-    keys = row_keys(dataset, manifest.modality)
-    for number, shard in enumerate(column.shards):
-        if problem := misplaced(shard, keys[column.starts[number] :], [0, shard.rows - 1]):
-            raise CacheError(problem)
-    return column
 
 
-def mapped(folder: Path, manifest: Manifest) -> Column:
-    """A finished column's shards as arrays.
+def mapped(folder: Place, manifest: Manifest, check: Callable[[int, Shard], None] | None = None) -> Column:
+    """A finished column's shards as arrays: local ones are opened now, remote ones when their rows are asked for.
+
+    Args:
+        folder: of the column.
+        manifest: of the column.
+        check: called with the number of a shard and the shard when it is opened; raises if it is not the one.
 
     Raises:
-        ShardError: a shard is not what the manifest says.
+        ShardError: a local shard is not what the manifest says.
     """
-    return Column(manifest.name, folder, [shard.rows for shard in manifest.shards], ragged=manifest.ragged)
+    rows = [shard.rows for shard in manifest.shards]
+    if not isinstance(folder, Path):
+        shards = RemoteShards(folder, manifest, check)
+        return Column(manifest.name, folder, rows, ragged=manifest.ragged, shards=shards)
+    column = Column(manifest.name, folder, rows, ragged=manifest.ragged)
+    if check is not None:
+        for number in range(len(rows)):
+            check(number, column.shards[number])
+    return column
 
 
 def row_keys(dataset: Dataset, modality: Modality) -> list[str]:

@@ -35,7 +35,8 @@ import pyarrow.parquet as pq
 from featurize.columns import open_column
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import CacheError, Manifest, read_manifest
-from featurize.shards import Array, Column, fsync_folder, row_key, temporary_name
+from featurize.places import Place, fsync_folder, temporary_name
+from featurize.shards import Array, Column, row_key
 
 _BATCH = 256  # rows that are written together
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
@@ -71,7 +72,7 @@ class _Table:
             yield place, self.rows[place].tolist()
 
 
-def export(folders: Sequence[Path], target: Path, kind: str) -> int:
+def export(folders: Sequence[Place], target: Path, kind: str) -> int:
     """Write columns of one data set and modality as one file or folder, whole or not at all.
 
     Args:
@@ -118,7 +119,7 @@ def _whole(target: Path) -> Iterator[Path]:
     fsync_folder(target.absolute().parent)
 
 
-def _open(folders: Sequence[Path]) -> _Table:
+def _open(folders: Sequence[Place]) -> _Table:
     dataset: Dataset | None = None
     manifests: list[Manifest] = []
     opened: list[Column] = []

@@ -30,9 +30,11 @@ from featurize.manifest import (
     CacheError,
     Modality,
     ShardRecord,
+    read_manifest,
     shard_path,
     write_record,
 )
+from featurize.places import Place, found, publish, remove_file
 from featurize.shards import Array, row_key, to_int8, write_shard
 from featurize.sharing import KnownRow, is_sound, read_row
 
@@ -52,7 +54,7 @@ class Target:
     """
 
     output: Output
-    folder: Path
+    folder: Place
     known: tuple[KnownRow | None, ...] = ()
 
     def known_at(self, row: int) -> KnownRow | None:
@@ -127,9 +129,9 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     targets = tuple(replace(target, known=tuple(map(_if_sound, target.known))) for target in task.targets)
     task = replace(task, targets=targets)
     begun = task.targets[0].folder / f".{task.number:06d}.begun.tmp"
-    careful = begun.exists()  # a worker began here and did not live to say how it went
+    careful = bool(found(begun.parent, begun.name))  # a worker began here and did not live to say how it went
     try:
-        begun.touch()
+        publish(begun, b"")
         described = describe(task, task.unknown, careful=careful) if task.unknown else Described({}, {})
         return {str(target.folder): _write(task, target, described) for target in task.targets}
     except OSError as error:
@@ -140,7 +142,7 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
             "free some space (`python -m pipeline cache gc`) and run the same command again"
         ) from error
     finally:
-        begun.unlink(missing_ok=True)
+        remove_file(begun)
 
 
 def describe(task: ShardTask, rows: Sequence[int], *, careful: bool) -> Described:
@@ -169,6 +171,8 @@ def _if_sound(known: KnownRow | None) -> KnownRow | None:
 
 def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord:
     """Publish one target's shard, then its record; an older record goes first, so that it never lies."""
+    if not isinstance(target.folder, Path) and (finished := read_manifest(target.folder)) is not None:
+        return finished.shards[task.number]  # by a job that took this one's lease over: its bytes are promised now
     path = shard_path(target.folder, task.number)
     failed: dict[int, str] = {}
 
@@ -179,7 +183,7 @@ def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord
             return _as_stored(_absent(target.output), target.output)
         return _as_stored(read_row(known) if known else described.values[target.output.name][row], target.output)
 
-    path.with_suffix(".json").unlink(missing_ok=True)
+    remove_file(path.with_suffix(".json"))
     keys = task.keys
     file = write_shard(path, keys, map(row_values, range(len(keys))), ragged=target.output.ragged)
     record = ShardRecord(file.rows, file.size, file.sha256, tuple(failed), tuple(failed.values()))

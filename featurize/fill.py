@@ -7,10 +7,8 @@ command goes on.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from featurize.columns import column_folders
@@ -19,6 +17,7 @@ from featurize.encoder import first_line
 from featurize.extract import WORKER_ENV, ShardTask, Target, extract_shard
 from featurize.imports import ImportedRows, is_import
 from featurize.index import Dataset
+from featurize.leases import clear_temporary, held
 from featurize.manifest import (
     CacheError,
     Manifest,
@@ -28,13 +27,11 @@ from featurize.manifest import (
     shard_path,
     write_record,
 )
+from featurize.places import Place
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
 from featurize.sharing import Donor, KnownRow, known_rows, link, rows_of
 from featurize.summary import lost_images, summary
-
-LOCK = ".lock"
-"""In a column's folder: held by the job that makes it."""
 
 
 @dataclass(frozen=True)
@@ -176,19 +173,12 @@ def fill(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedCol
 
 
 @contextmanager
-def _locked(folders: Sequence[Path]) -> Iterator[None]:
-    """The right to make columns, which the system takes back from a process that dies; one job at a time has it."""
+def _locked(folders: Sequence[Place]) -> Iterator[None]:
+    """The right to make columns, which is taken back from a process that dies; one job at a time has it."""
     with ExitStack() as stack:
-        for folder in sorted(folders):  # one order for all jobs: none waits for one that waits for it
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / LOCK)
-            try:
-                stack.enter_context(lock.acquire(timeout=0))
-            except Timeout:
-                print(f"waiting for another job that makes {folder.name}", flush=True)
-                stack.enter_context(lock.acquire())
-            for left in folder.glob(".*.tmp"):  # a killed worker's; nobody else writes here now
-                left.unlink(missing_ok=True)
+        for folder in sorted(folders, key=str):  # one order for all jobs: none waits for one that waits for it
+            stack.enter_context(held(folder))
+            clear_temporary(folder)
         yield
 
 
@@ -229,14 +219,15 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
 
 
 def _finish(dataset: Dataset, column: PlannedColumn) -> None:
+    """Publish a column whose shards are all there, unless another job did: one that took this one's lease over."""
     begun = read_begun(column.folder)
-    assert begun is not None, "only this job makes it"
-    count = -(-len(dataset.samples) // begun.images_per_shard)
+    count = -(-len(dataset.samples) // begun.images_per_shard) if begun else 0
     records = [read_record(column.folder, number) for number in range(count)]
     whole = [record for record in records if record is not None]
-    if len(whole) != count:
+    if begun is not None and len(whole) == count:
+        replace(begun, shards=tuple(whole)).write(column.folder)
+    elif read_manifest(column.folder) is None:
         raise CacheError(f"{column.folder}: {count - len(whole)} of {count} shards vanished; run again")
-    replace(begun, shards=tuple(whole)).write(column.folder)
 
 
 def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:

@@ -12,8 +12,9 @@ described again (see `featurize.sharing`).
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,8 +26,19 @@ from tqdm import tqdm
 
 from featurize.datasets.sample import Sample
 from featurize.manifest import CacheError, Modality
+from featurize.places import (
+    Place,
+    answering,
+    file_at,
+    files,
+    found,
+    make_folder,
+    publish,
+    read,
+    version,
+)
 from featurize.quarantine import Quarantined, check_quarantine, read_quarantine, write_quarantine
-from featurize.shards import Array, publish
+from featurize.shards import Array
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Dataset:
 
     name: str
     id: str
-    folder: Path
+    folder: Place
     samples: tuple[Sample, ...]
     digests: tuple[str, ...]
     quarantine: tuple[Quarantined, ...]
@@ -105,23 +117,58 @@ def _usable_captions(sample: Sample) -> tuple[tuple[str, ...], list[Quarantined]
     return tuple(kept), problems
 
 
-Stamp: TypeAlias = tuple[str, int, int, int, int]
-_STAMP = ("image", "offset", "length", "size", "mtime_ns")
+Stamp: TypeAlias = tuple[str, int, int, int, str]
+_STAMP = ("image", "offset", "length", "size", "version")
 
 
-def _stamp(sample: Sample) -> Stamp:
-    """What lets a hash be believed without reading the bytes again; mtime 0 where nothing does.
+def _stamp(sample: Sample, listed: Mapping[str, tuple[int, str]]) -> Stamp:
+    """What lets a hash be believed without reading the bytes again; version "" where nothing does.
 
-    Taken before the bytes are read. A file that was written within the last two seconds may change again without a
-    trace, for file systems' clocks can be that coarse; and one from the future tells that a clock is wrong.
+    Taken before the bytes are read. A local file's version is its modification time. One that was written within the
+    last two seconds may change again without a trace, for file systems' clocks can be that coarse; and one from the
+    future tells that a clock is wrong.
+
+    Args:
+        sample: an image.
+        listed: size and version of remote files that were seen in listings.
     """
     offset, length = sample.span or (0, -1)
     try:
+        if "://" in sample.image:
+            return sample.image, offset, length, *(listed.get(sample.image) or _asked(sample.image))
         status = Path(sample.image).stat()
     except (OSError, ValueError):
-        return sample.image, offset, length, 0, 0
+        return sample.image, offset, length, 0, ""
     settled = status.st_mtime_ns < time.time_ns() - 2 * 10**9
-    return sample.image, offset, length, status.st_size, status.st_mtime_ns if settled else 0
+    return sample.image, offset, length, status.st_size, str(status.st_mtime_ns) if settled else ""
+
+
+def _asked(uri: str) -> tuple[int, str]:
+    with answering(uri, OSError):
+        store, path = file_at(uri)
+        info = store.info(path)
+    return info.get("size") or 0, version(info, time.time())
+
+
+_WORTH_A_LISTING = 8  # files of a folder
+
+
+def _listed(samples: Iterable[Sample]) -> dict[str, tuple[int, str]]:
+    """Size and version of remote images: folders that hold many of them are listed, a thousand files at a time."""
+    folders: dict[str, set[str]] = {}
+    for uri in {sample.image for sample in samples if "://" in sample.image}:
+        folders.setdefault(uri.rpartition("/")[0], set()).add(uri)
+    known: dict[str, tuple[int, str]] = {}
+    for folder, uris in folders.items():
+        if len(uris) < _WORTH_A_LISTING:
+            continue
+        with suppress(OSError), answering(folder, OSError):  # not every store lists; then each file is asked for
+            store, path = file_at(folder)
+            for info in store.ls(path, detail=True):
+                uri = f"{folder}/{str(info['name']).rpartition('/')[2]}"
+                if uri in uris:
+                    known[uri] = info.get("size") or 0, version(info, time.time())
+    return known
 
 
 _SCHEMA = pa.schema(
@@ -134,20 +181,26 @@ _SCHEMA = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
+        ("version", pa.string()),
     ]
 )
 
 
-def _known_hashes(cache: Path, name: str) -> dict[Stamp, str]:
+def _known_hashes(cache: Place, name: str) -> dict[Stamp, str]:
+    """What earlier indexes say of files, the latest last."""
+    tables: list[tuple[float, Place]] = []
+    for path in found(cache, f"{name}@*/samples.parquet"):
+        tables += [(file.modified, path) for file in files(path.parent) if file.name == path.name]
     known: dict[Stamp, str] = {}
-    for path in sorted(cache.glob(f"{name}@*/samples.parquet"), key=lambda path: path.stat().st_mtime_ns):
-        table = pq.read_table(path).to_pydict()
+    for _, path in sorted(tables, key=lambda one: one[0]):
+        table = pq.read_table(pa.BufferReader(read(path))).to_pydict()
+        if "version" not in table:  # written before there were remote files
+            continue
         known.update(zip(zip(*(table[key] for key in _STAMP), strict=True), table["sha256"], strict=True))
     return {stamp: sha256 for stamp, sha256 in known.items() if stamp[-1]}
 
 
-def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined: float, threads: int = 8) -> Dataset:
+def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined: float, threads: int = 8) -> Dataset:
     """Check and hash every sample; write `samples.parquet`; the result's identity depends on content alone.
 
     An image whose bytes cannot be read, a caption that is empty or not UTF-8, an image left without captions become
@@ -165,8 +218,11 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
     """
     known = _known_hashes(cache, name)
 
+    everything = list(samples)
+    listed = _listed(everything)
+
     def digest(sample: Sample) -> tuple[Stamp, str, str]:
-        stamp = _stamp(sample)
+        stamp = _stamp(sample, listed)
         if stamp in known:
             return stamp, known[stamp], ""
         try:
@@ -176,7 +232,6 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
         reason = "" if data else f"the file is empty: {sample.image}"
         return stamp, hashlib.sha256(data).hexdigest() if data else "", reason
 
-    everything = list(samples)
     kept: list[Sample] = []
     digests: list[str] = []
     stamps: list[Stamp] = []
@@ -198,7 +253,7 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
     check_quarantine(problems, len(everything) - len(kept), len(everything), max_quarantined)
     dataset_id = content_id(kept, digests)
     folder = cache / f"{name}@{dataset_id[:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     dataset = Dataset(name, dataset_id, folder, tuple(kept), tuple(digests), tuple(problems))
     columns: dict[str, list[Any]] = {
         "image_id": [sample.image_id for sample in kept],
@@ -216,7 +271,7 @@ def index(samples: Iterable[Sample], name: str, cache: Path, *, max_quarantined:
     return dataset
 
 
-def open_dataset(folder: Path) -> Dataset:
+def open_dataset(folder: Place) -> Dataset:
     """Read an index back, without touching the images.
 
     Raises:
@@ -224,7 +279,9 @@ def open_dataset(folder: Path) -> Dataset:
     """
     path = folder / "samples.parquet"
     try:
-        table = pq.read_table(path)
+        with answering(path, CacheError):
+            data = read(path)
+        table = pq.read_table(pa.BufferReader(data))
     except (OSError, pa.ArrowInvalid) as error:
         raise CacheError(f"{path}: not a readable index ({error}); run `featurize` again") from error
     metadata = table.schema.metadata or {}

@@ -15,13 +15,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from featurize.encoder import DType
-from featurize.shards import Array, publish
+from featurize.places import Place, make_folder, publish, read, remove_file
+from featurize.shards import Array
 
 FORMAT_VERSION = 1
 
@@ -80,20 +80,20 @@ class ShardRecord:
         return cls(**{**plain, "quarantined": tuple(plain["quarantined"]), "reasons": tuple(plain["reasons"])})
 
 
-def shard_path(folder: Path, number: int) -> Path:
+def shard_path(folder: Place, number: int) -> Place:
     """The tar of a column's shard."""
     return folder / f"{number:06d}.tar"
 
 
-def write_record(folder: Path, number: int, record: ShardRecord) -> None:
+def write_record(folder: Place, number: int, record: ShardRecord) -> None:
     """Say that a shard of an unfinished column is finished."""
     publish(shard_path(folder, number).with_suffix(".json"), json.dumps(asdict(record)).encode())
 
 
-def read_record(folder: Path, number: int) -> ShardRecord | None:
+def read_record(folder: Place, number: int) -> ShardRecord | None:
     """The record of a finished shard of an unfinished column, or None."""
     try:
-        return ShardRecord.of(json.loads(shard_path(folder, number).with_suffix(".json").read_text("utf-8")))
+        return ShardRecord.of(json.loads(read(shard_path(folder, number).with_suffix(".json"))))
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 
@@ -159,20 +159,20 @@ class Manifest:
         """Why, one for each of `missing`."""
         return [reason for shard in self.shards for reason in shard.reasons]
 
-    def begin(self, folder: Path) -> None:
+    def begin(self, folder: Place) -> None:
         """Say what the folder is going to hold, unless it says so already."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not (folder / "column.json").exists():
             publish(folder / "column.json", _text(replace(self, shards=())))
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Place) -> None:
         """Publish the finished column; what was there while it was unfinished goes."""
         publish(folder / "manifest.json", _text(self))
-        (folder / "column.json").unlink(missing_ok=True)
+        remove_file(folder / "column.json")
         for number in range(len(self.shards)):
-            shard_path(folder, number).with_suffix(".json").unlink(missing_ok=True)
+            remove_file(shard_path(folder, number).with_suffix(".json"))
 
-    def reopen(self, folder: Path, sound: Iterable[int]) -> None:
+    def reopen(self, folder: Place, sound: Iterable[int]) -> None:
         """Make a finished column unfinished again: all shards but the sound ones are to be made anew.
 
         The order of the steps leaves a finished or an unfinished column, whenever the process dies.
@@ -180,14 +180,14 @@ class Manifest:
         for number in sound:
             write_record(folder, number, self.shards[number])
         self.begin(folder)
-        (folder / "manifest.json").unlink()
+        remove_file(folder / "manifest.json")
 
 
 def _text(manifest: Manifest) -> bytes:
     return json.dumps({**asdict(manifest), "id": manifest.id}, indent=1).encode()
 
 
-def read_manifest(folder: Path) -> Manifest | None:
+def read_manifest(folder: Place) -> Manifest | None:
     """A finished column's manifest, or None where the column is unfinished.
 
     Raises:
@@ -196,7 +196,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     return _read(folder / "manifest.json")
 
 
-def read_begun(folder: Path) -> Manifest | None:
+def read_begun(folder: Place) -> Manifest | None:
     """What an unfinished column is to become, or None.
 
     Raises:
@@ -205,9 +205,9 @@ def read_begun(folder: Path) -> Manifest | None:
     return _read(folder / "column.json")
 
 
-def _read(path: Path) -> Manifest | None:
+def _read(path: Place) -> Manifest | None:
     try:
-        plain = json.loads(path.read_text("utf-8"))
+        plain = json.loads(read(path))
         stated = plain.pop("id")
         shards = tuple(map(ShardRecord.of, plain.pop("shards")))
         manifest = Manifest(**{**plain, "shape": tuple(plain["shape"]), "shards": shards})

@@ -9,6 +9,7 @@ from typing import Any
 
 from featurize.columns import column_folder
 from featurize.config import FeaturizeConfig, View
+from featurize.copies import Node
 from featurize.describe import image_encoder, text_encoder
 from featurize.encoder import Card, Output, Precision
 from featurize.imports import ImportedRows, check_imports, is_import, open_import
@@ -23,6 +24,7 @@ from featurize.manifest import (
     environment,
     identity,
 )
+from featurize.places import Place
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class PlannedColumn:
     output: Output
     view: View
     ingredients: dict[str, Any]
-    folder: Path
+    folder: Place
 
     @property
     def id(self) -> str:
@@ -59,7 +61,7 @@ class PlannedColumn:
         return found
 
     @classmethod
-    def of(cls, folder: Path, manifest: Manifest) -> "PlannedColumn":
+    def of(cls, folder: Place, manifest: Manifest) -> "PlannedColumn":
         """A column that was planned before, from what it says of itself."""
         made = manifest.ingredients
         output = Output(made["output"], manifest.shape, manifest.ragged, manifest.dtype)
@@ -100,11 +102,16 @@ def encoder_card(column: PlannedColumn) -> Card:
     return card
 
 
-def _open_card(modality: Modality, reference: str, precision: Precision, cache: Path) -> Card:
+def _open_card(modality: Modality, reference: str, precision: Precision, cache: Place) -> Card:
     """What a reference opens: a network, or features that others have extracted."""
     if is_import(reference):
-        return open_import(reference, modality, cache).card
+        return open_import(reference, modality, _memory(cache)).card
     return (image_encoder if modality == "image" else text_encoder)(reference, precision).card
+
+
+def _memory(cache: Place) -> Path:
+    """Where it is remembered what files of features hold: beside the copies, if the cache is in a store."""
+    return cache if isinstance(cache, Path) else Node.here().folder
 
 
 def imported_rows(dataset: Dataset, column: PlannedColumn) -> ImportedRows | None:
@@ -115,7 +122,7 @@ def imported_rows(dataset: Dataset, column: PlannedColumn) -> ImportedRows | Non
     """
     if not is_import(column.encoder):
         return None
-    cache = dataset.folder.parent
+    cache = _memory(dataset.folder.parent)
     incomplete = frozenset(problem.image_id for problem in dataset.quarantine)
     places = open_import(column.encoder, column.modality, cache).places(dataset.samples, incomplete)
     return ImportedRows(cache, tuple(places))

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from featurize.manifest import CacheError
-from featurize.shards import publish
+from featurize.places import Place, publish, read
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,17 @@ class Quarantined:
     columns: tuple[str, ...] = ()
 
 
-def read_quarantine(folder: Path) -> list[Quarantined]:
+def read_quarantine(folder: Place) -> list[Quarantined]:
     """What a data set lacks, as it was last written; nothing where it never was."""
-    path = folder / "quarantine.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    try:
+        lines = read(folder / "quarantine.jsonl").decode().splitlines()
+    except FileNotFoundError:
+        return []
     plain: Iterable[Mapping[str, Any]] = map(json.loads, lines)
     return [Quarantined(**{**line, "columns": tuple(line["columns"])}) for line in plain]
 
 
-def write_quarantine(folder: Path, problems: Iterable[Quarantined]) -> None:
+def write_quarantine(folder: Place, problems: Iterable[Quarantined]) -> None:
     """Publish what a data set lacks."""
     text = "".join(json.dumps(asdict(problem), ensure_ascii=True) + "\n" for problem in problems)
     publish(folder / "quarantine.jsonl", text.encode())

@@ -25,18 +25,17 @@ Ids too long for a tar header are cut and end in `~~` and 32 hex digits of their
 
 import hashlib
 import io
-import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from featurize.places import Place, publish, replacing
 
 Array = NDArray[Any]
 
@@ -59,42 +58,6 @@ def row_key(image_id: str, caption: int | None = None) -> str:
         digest = hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         key = f"{key[: _KEY_LENGTH - 34]}~~{digest}"
     return key if caption is None else f"{key}~{caption}"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that no other process writes to, on this machine or another."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` once it is whole and on the disk; what fails leaves nothing behind."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: temporary name, fsync, rename."""
-    with _replacing(path) as file:
-        file.write(data)
 
 
 class _HashingFile:
@@ -123,7 +86,7 @@ class ShardFile:
     sha256: str
 
 
-def write_shard(path: Path, keys: Sequence[str], rows: Iterable[Array], *, ragged: bool = False) -> ShardFile:
+def write_shard(path: Place, keys: Sequence[str], rows: Iterable[Array], *, ragged: bool = False) -> ShardFile:
     """Write one shard whole or not at all.
 
     Args:
@@ -138,7 +101,7 @@ def write_shard(path: Path, keys: Sequence[str], rows: Iterable[Array], *, ragge
     index = np.zeros((len(keys), 2), np.int64)
     first: Array | None = None
     count = 0
-    with _replacing(path) as raw:
+    with replacing(path) as raw:
         file = _HashingFile(raw)
         with tarfile.open(fileobj=cast("Any", file), mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, row in zip(keys, rows, strict=True):
@@ -189,7 +152,7 @@ def to_int8(values: Array) -> Array:
     return records
 
 
-def _numbers(stored: Array) -> Array:
+def numbers(stored: Array) -> Array:
     """What stored values stand for: records of int8 as float16, anything else as it is."""
     if stored.dtype.names is None:
         return stored
@@ -197,51 +160,89 @@ def _numbers(stored: Array) -> Array:
     return numbers
 
 
+def index_of(data: Array) -> Array:
+    """The index of a ragged shard, made of the tar alone: (bytes,) uint8 -> (rows, 2) int64 places and lengths.
+
+    Raises:
+        ShardError: it is no whole tar of npy members of one dtype.
+    """
+    found: list[tuple[int, int]] = []
+    start = 0
+    inner: tuple[tuple[int, ...], np.dtype[Any]] | None = None
+    while start < len(data) and data[start]:
+        try:
+            shape, dtype, begin = _npy_header(data, start)
+            size = int(data[start + 124 : start + 135].tobytes(), 8)
+        except ValueError as error:
+            raise ShardError(f"the member at byte {start} is no npy array ({error})") from error
+        inner = inner or (shape[1:], dtype)
+        end = start + _BLOCK + size
+        if (shape[1:], dtype) != inner or begin + int(np.prod(shape)) * dtype.itemsize != end:
+            raise ShardError(f"the member at byte {start} is not like the first, or cut")
+        found.append((begin, shape[0] if shape else 0))
+        start += _BLOCK - (-size // _BLOCK) * _BLOCK
+    if start + 2 * _BLOCK > len(data):
+        raise ShardError(f"no end mark at byte {start}; the tar was cut")
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 class Shard:
     """A mapped shard: rows without reading the tar.
 
+    Args:
+        path: of the tar, on this machine.
+        rows: that it must hold.
+        ragged: whether rows differ in length.
+        source: what the file is a copy of, which then has no index beside it.
+
     Attributes:
+        path: of what it holds, for messages.
         array: (rows, *shape) strided view of what is stored in the mapped file (fixed columns only).
         stored: dtype of what is stored: "float16", "float32", "int8", "int32".
         dtype: of the numbers.
         shape: of a row's numbers; of one part of them where rows are ragged.
     """
 
-    def __init__(self, path: Path, rows: int, *, ragged: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, rows: int, *, ragged: bool = False, source: Place | None = None) -> None:
+        self.path: Place = source or path
         self.rows = rows
         self.index: Array | None = None
         try:
             self._data: Array = np.memmap(path, np.uint8, "r")
             shape, self._item, begin = _npy_header(self._data, 0)
             if ragged:
-                self.index = np.load(path.with_suffix(".idx.npy"), allow_pickle=False)
+                self.index = index_of(self._data) if source else np.load(path.with_suffix(".idx.npy"))
         except (OSError, ValueError) as error:
             raise ShardError(
-                f"{path}: cannot be opened as a shard ({error}); `python -m pipeline cache verify` tells more"
+                f"{self.path}: cannot be opened as a shard ({error}); `python -m pipeline cache verify` tells more"
             ) from error
         self._header = begin  # bytes before a member's values, the same for all: npy headers leave room for L
-        inner = tuple(shape[1:]) if ragged else tuple(shape)
-        vector = () if self._item.names is None else self._item["values"].shape
-        self.stored = "int8" if vector else self._item.name
-        self.dtype = np.dtype(np.float16) if vector else self._item
-        self.shape = inner + vector
-        self._inner = inner
+        self._describe(tuple(shape[1:]) if ragged else tuple(shape), self._item)
         if self.index is not None:
-            row_bytes = int(np.prod(inner)) * self._item.itemsize
+            row_bytes = int(np.prod(self._inner)) * self._item.itemsize
             ends = self.index[:, 0] + self.index[:, 1] * row_bytes
             if len(self.index) != rows or (rows and int(ends.max()) > len(self._data)):
-                raise ShardError(f"{path}: {len(self.index)} rows indexed in {len(self._data)} bytes, expected {rows}")
+                raise ShardError(
+                    f"{self.path}: {len(self.index)} rows indexed in {len(self._data)} bytes, expected {rows}"
+                )
             return
         length = int(np.prod(shape)) * self._item.itemsize
         self.stride = -(-(begin + length) // _BLOCK) * _BLOCK
         if len(self._data) < rows * self.stride:
             raise ShardError(
-                f"{path}: {len(self._data)} bytes hold fewer than the {rows} rows of {self.stride} bytes "
+                f"{self.path}: {len(self._data)} bytes hold fewer than the {rows} rows of {self.stride} bytes "
                 "that its manifest promises; it was cut or belongs to another column"
             )
         table = self._data[: rows * self.stride].reshape(rows, self.stride)
         self.array: Array = table[:, begin : begin + length].view(self._item).reshape(rows, *shape)
+
+    def _describe(self, inner: tuple[int, ...], item: np.dtype[Any]) -> None:
+        """Say what rows hold: (L, *inner) or (*inner) items."""
+        vector = () if item.names is None else item["values"].shape
+        self.stored = "int8" if vector else item.name
+        self.dtype = np.dtype(np.float16) if vector else item
+        self.shape = inner + vector
+        self._inner = inner
 
     def key(self, row: int) -> str:
         """The tar key of a row."""
@@ -252,18 +253,71 @@ class Shard:
     def row(self, row: int) -> Array:
         """One row, (*shape) or ragged (L, *shape); not quantised it is a view of the mapped file."""
         if self.index is None:
-            return _numbers(self.array[row])
+            return numbers(self.array[row])
         begin, length = (int(value) for value in self.index[row])
         size = length * int(np.prod(self._inner)) * self._item.itemsize
-        return _numbers(self._data[begin : begin + size].view(self._item).reshape(length, *self._inner))
+        return numbers(self._data[begin : begin + size].view(self._item).reshape(length, *self._inner))
 
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column: (N,) int64 -> (N, *shape)."""
-        return _numbers(self.array[rows])
+        return numbers(self.array[rows])
+
+
+class Shards(Protocol):
+    """The shards of a column that are opened when they are asked for.
+
+    Attributes:
+        shape: as a shard's.
+        dtype: as a shard's.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __getitem__(self, number: int) -> Shard:
+        """One shard."""
+        ...
+
+    def each(self, numbers: Array) -> Iterator[Shard]:
+        """Several, in this order; while one is used the next are fetched."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """L of the longest row of a ragged column, at least 1."""
+        ...
+
+
+class _Opened(list[Shard]):
+    """Local shards, all open."""
+
+    def __init__(self, folder: Place, shard_rows: Sequence[int], *, ragged: bool) -> None:
+        assert isinstance(folder, Path), "remote shards are copied first"
+        rows = enumerate(shard_rows)
+        super().__init__(Shard(folder / f"{number:06d}.tar", count, ragged=ragged) for number, count in rows)
+        shapes = {(shard.shape, shard.stored) for shard in self}
+        if len(shapes) != 1:
+            raise ShardError(f"{folder}: shards of different shape or dtype: {sorted(shapes)}; expected one")
+        self.shape = self[0].shape
+        self.dtype = self[0].dtype
+
+    def each(self, numbers: Array) -> Iterator[Shard]:
+        return map(self.__getitem__, numbers)
+
+    @property
+    def longest(self) -> int:
+        return max([1, *(int(shard.index[:, 1].max(initial=0)) for shard in self if shard.index is not None)])
 
 
 class Column:
     """One encoder output over a whole data set: shards end to end, rows by number.
+
+    Args:
+        name: as in the cache.
+        folder: of the shards.
+        shard_rows: how many each shard holds.
+        ragged: whether rows differ in length.
+        shards: what opens them; None: they lie in the folder and are all opened now.
 
     Attributes:
         name: as in the cache, e.g. "efficientnet-lite0.pooled".
@@ -272,28 +326,36 @@ class Column:
         ragged: whether rows are (L_i, *shape).
     """
 
-    def __init__(self, name: str, folder: Path, shard_rows: Sequence[int], *, ragged: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Place,
+        shard_rows: Sequence[int],
+        *,
+        ragged: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
         self.name = name
         self.folder = folder
         self.ragged = ragged
-        self.shards = [
-            Shard(folder / f"{number:06d}.tar", rows, ragged=ragged) for number, rows in enumerate(shard_rows)
-        ]
         self.starts = np.concatenate([[0], np.cumsum(shard_rows)]).astype(np.int64)
         self.rows = int(self.starts[-1])
-        shapes = {(shard.shape, shard.stored) for shard in self.shards}
-        if len(shapes) != 1:
-            raise ShardError(f"{folder}: shards of different shape or dtype: {sorted(shapes)}; expected one")
-        self.shape = self.shards[0].shape
-        self.dtype = self.shards[0].dtype
+        self.shards: Shards = shards or _Opened(folder, shard_rows, ragged=ragged)
+        self.shape = self.shards.shape
+        self.dtype = self.shards.dtype
 
     def _split(self, rows: Array) -> Iterable[tuple[Shard, Array, Array]]:
         """Rows of one shard at a time: the shard, rows inside it, their places in the answer."""
         owner = np.searchsorted(self.starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
         owners, firsts = np.unique(owner[order], return_index=True)
-        for shard, places in zip(owners, np.split(order, firsts[1:]), strict=True):
-            yield self.shards[shard], rows[places] - self.starts[shard], places
+        for shard, number, places in zip(self.shards.each(owners), owners, np.split(order, firsts[1:]), strict=True):
+            yield shard, rows[places] - self.starts[number], places
+
+    def prepare(self, rows: Array) -> None:
+        """Open the shards of rows (N,), so that they are at hand."""
+        for _ in self._split(rows):
+            pass
 
     def row(self, row: int) -> Array:
         """One row, (*shape) or ragged (L, *shape)."""
@@ -303,7 +365,7 @@ class Column:
     @property
     def longest(self) -> int:
         """L of the longest row of a ragged column, at least 1."""
-        return max([1, *(int(shard.index[:, 1].max(initial=0)) for shard in self.shards if shard.index is not None)])
+        return self.shards.longest
 
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column in the order asked for: (N,) int64 -> (N, *shape)."""

@@ -8,17 +8,20 @@ same file.
 
 import functools
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from featurize.columns import row_keys
+from featurize.copies import Node
 from featurize.encoder import DType
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import CacheError, Manifest, Modality, ShardRecord, identity, read_manifest, shard_path
+from featurize.places import Place, found, fsync_folder
+from featurize.places import link as second_name
 from featurize.plan import PlannedColumn
-from featurize.shards import Array, Shard, ShardError, fsync_folder, temporary_name
+from featurize.remote import open_remote
+from featurize.shards import Array, Shard, ShardError
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Donor:
         dtype: of what is stored.
     """
 
-    path: Path
+    path: Place
     record: ShardRecord
     ragged: bool
     dtype: DType
@@ -61,7 +64,7 @@ def known_rows(dataset: Dataset, column: PlannedColumn) -> list[KnownRow | None]
     """For each row of a column that is to be made, where the cache holds it, or None; [] if it holds none."""
     known: dict[tuple[str, str], KnownRow] = {}
     making = _making(column.ingredients)
-    for folder in sorted(dataset.folder.parent.glob(f"*@*/{column.name}@*")):
+    for folder in found(dataset.folder.parent, f"*@*/{column.name}@*"):
         try:
             manifest = read_manifest(folder)
             if manifest is None or _making(manifest.ingredients) != making:
@@ -76,7 +79,7 @@ def known_rows(dataset: Dataset, column: PlannedColumn) -> list[KnownRow | None]
     return [known.get(content) for content in _contents(dataset, column.modality)] if known else []
 
 
-def donors(folder: Path, manifest: Manifest) -> list[Donor]:
+def donors(folder: Place, manifest: Manifest) -> list[Donor]:
     """A finished column's shards."""
     return [
         Donor(shard_path(folder, number), record, manifest.ragged, manifest.dtype)
@@ -107,16 +110,18 @@ def read_row(known: KnownRow) -> Array:
 
 @functools.lru_cache(maxsize=64)
 def _opened(donor: Donor) -> Shard:
-    return Shard(donor.path, donor.record.rows, ragged=donor.ragged)
+    if isinstance(donor.path, Path):
+        return Shard(donor.path, donor.record.rows, ragged=donor.ragged)
+    return open_remote(Node.here(), donor.path, donor.record, ragged=donor.ragged)
 
 
 @functools.lru_cache(maxsize=4096)
 def is_sound(donor: Donor) -> bool:
     """Whether a shard still holds what its record says; damage is not handed on."""
     try:
-        _opened(donor)
-        return sha256_of(donor.path) == donor.record.sha256
-    except (ShardError, OSError):
+        _opened(donor)  # a remote one is compared when it is fetched
+        return not isinstance(donor.path, Path) or sha256_of(donor.path) == donor.record.sha256
+    except (ShardError, CacheError, OSError):
         return False
 
 
@@ -126,7 +131,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def link(path: Path, known: Sequence[KnownRow | None], dtype: DType) -> ShardRecord | None:
+def link(path: Place, known: Sequence[KnownRow | None], dtype: DType) -> ShardRecord | None:
     """Let a shard be another one whose rows are the same, in the same order.
 
     Args:
@@ -144,11 +149,10 @@ def link(path: Path, known: Sequence[KnownRow | None], dtype: DType) -> ShardRec
     if first.donor.ragged:
         files.insert(0, (first.donor.path.with_suffix(".idx.npy"), path.with_suffix(".idx.npy")))
     for source, target in files:
-        temporary = temporary_name(target)
         try:
-            os.link(source, temporary)
+            second_name(source, target)
         except OSError:
             return None
-        temporary.replace(target)
-    fsync_folder(path.parent)
+    if isinstance(path, Path):
+        fsync_folder(path.parent)
     return first.donor.record

@@ -2,22 +2,22 @@
 
 import hashlib
 import json
-import shutil
+import math
+import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
-from featurize.fill import LOCK, fill
+from featurize.fill import fill
 from featurize.index import Dataset, open_dataset
+from featurize.leases import LOCK, is_held
 from featurize.manifest import CacheError, differences, read_begun, read_manifest
+from featurize.places import File, Place, files, found, make_folder, publish, read, remove_file, remove_folder
 from featurize.plan import PlannedColumn, encoder_card
-from featurize.shards import publish
 from featurize.verify import Problem, require_unchanged
 
 
@@ -29,35 +29,38 @@ class Use:
         run: its folder.
         time: when it began, ISO 8601 in UTC.
         columns: folder names of the columns that it reads.
+        machine: where the run is, if its cache is in a store: others do not see its folder.
     """
 
     run: str
     time: str
     columns: tuple[str, ...]
+    machine: str = ""
 
     @property
     def exists(self) -> bool:
-        """Whether the run is still there."""
-        return Path(self.run).is_dir()
+        """Whether the run is still there, as far as one can tell from here."""
+        return self.machine not in ("", platform.node()) or Path(self.run).is_dir()
 
 
 def note_use(dataset: Dataset, run: Path, columns: Iterable[tuple[str, str]]) -> None:
     """Remember in the cache that a run reads these columns, (name, identity) each: `gc` keeps them."""
     names = tuple(sorted(f"{name}@{column_id[:8]}" for name, column_id in columns))
-    use = Use(str(run), datetime.now(UTC).isoformat(timespec="seconds"), names)
+    machine = "" if isinstance(dataset.folder, Path) else platform.node()
+    use = Use(str(run), datetime.now(UTC).isoformat(timespec="seconds"), names, machine)
     folder = dataset.folder / "uses"
-    folder.mkdir(exist_ok=True)
-    name = hashlib.sha256(str(run).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    make_folder(folder)
+    name = hashlib.sha256(f"{machine}{run}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
     publish(folder / f"{name}.json", json.dumps(asdict(use)).encode())
 
 
-def uses(dataset_folder: Path) -> list[Use]:
+def uses(dataset_folder: Place) -> list[Use]:
     """The runs that read a data set, oldest first, whether or not they are still there."""
-    plain = (json.loads(path.read_text("utf-8")) for path in (dataset_folder / "uses").glob("*.json"))
+    plain = (json.loads(read(path)) for path in found(dataset_folder, "uses/*.json"))
     return sorted((Use(**{**one, "columns": tuple(one["columns"])}) for one in plain), key=lambda use: use.time)
 
 
-def explain(one: Path, other: Path) -> list[str]:
+def explain(one: Place, other: Place) -> list[str]:
     """In what two columns, or two data sets, differ: one line for each ingredient.
 
     Raises:
@@ -100,7 +103,7 @@ def _versions(one: Dataset, other: Dataset) -> Iterator[str]:
         yield "the order of the images"
 
 
-def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfig) -> list[Path]:
+def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfig) -> list[Place]:
     """Make again the shards that are broken, and nothing else; Ray is initialised.
 
     Args:
@@ -114,7 +117,7 @@ def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfi
     Raises:
         CacheError: an encoder is not the one that made the column, or an image is not the one that was indexed.
     """
-    broken: dict[Path, set[int]] = {}
+    broken: dict[Place, set[int]] = {}
     for problem in problems:
         if problem.shard is not None:
             broken.setdefault(problem.folder, set()).add(problem.shard)
@@ -144,12 +147,12 @@ class Removable:
         reason: why it may go.
     """
 
-    folder: Path
+    folder: Place
     size: int
     reason: str
 
 
-def removable(dataset_folder: Path, days: float) -> list[Removable]:
+def removable(dataset_folder: Place, days: float) -> list[Removable]:
     """What no run refers to and nobody has touched for some days.
 
     A column is kept while a run that reads it exists, while a job makes it, and until it is `days` old; a data set
@@ -159,48 +162,42 @@ def removable(dataset_folder: Path, days: float) -> list[Removable]:
     last = {name: use for use in every for name in use.columns}
     alive = {name for use in every if use.exists for name in use.columns}
     folders = column_folders(dataset_folder)
-    found = []
+    removed = []
     for folder in folders:
-        age = _age(folder)
-        if folder.name in alive or age < days or _is_being_made(folder):
+        inside = files(folder)
+        age = _age(folder, inside)
+        if folder.name in alive or age < days or is_held(folder, time.time()):
             continue
         unfinished = "" if read_manifest(folder) else "unfinished, "
         use = f"its last run, {last[folder.name].run}, is gone" if folder.name in last else "no run reads it"
-        found.append(Removable(folder, _own_bytes(folder), f"{unfinished}{use}; {age:.0f} days old"))
-    age = (time.time() - (dataset_folder / "samples.parquet").stat().st_mtime) / _DAY
-    if len(found) == len(folders) and age >= days and not any(use.exists for use in every):
-        size = _own_bytes(dataset_folder) + sum(one.size for one in found)
+        removed.append(Removable(folder, _own_bytes(inside), f"{unfinished}{use}; {age:.0f} days old"))
+    inside = files(dataset_folder)
+    age = _age(dataset_folder, [file for file in inside if file.name == "samples.parquet"])
+    if len(removed) == len(folders) and age >= days and not any(use.exists for use in every):
+        size = _own_bytes(inside) + sum(one.size for one in removed)
         return [Removable(dataset_folder, size, f"no run reads any of its {len(folders)} columns; {age:.0f} days old")]
-    return found
+    return removed
 
 
 _DAY = 24 * 60 * 60
 
 
-def _age(folder: Path) -> float:
+def _age(folder: Place, inside: Iterable[File]) -> float:
     """Days since a column last changed; locks do not count, for looking at them touches them."""
-    files = [path for path in folder.iterdir() if path.name != LOCK] or [folder]
-    return (time.time() - max(path.stat().st_mtime for path in files)) / _DAY
+    changed = [file.modified for file in inside if file.name != LOCK]
+    if not changed and isinstance(folder, Path):
+        changed = [folder.stat().st_mtime]
+    return (time.time() - max(changed)) / _DAY if changed else math.inf
 
 
-def _is_being_made(folder: Path) -> bool:
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
+def _own_bytes(inside: Iterable[File]) -> int:
+    return sum(file.size for file in inside if not file.shared)
 
 
-def _own_bytes(folder: Path) -> int:
-    status = [path.stat() for path in folder.iterdir() if path.is_file()]
-    return sum(one.st_size for one in status if one.st_nlink == 1)
-
-
-def remove(found: Iterable[Removable]) -> None:
+def remove(what: Iterable[Removable]) -> None:
     """Free what `removable` found. Manifests and indexes go first: what is half removed does not look whole."""
-    for one in found:
-        for sign in [*one.folder.glob("samples.parquet"), *one.folder.rglob("manifest.json")]:
-            sign.unlink()
-        shutil.rmtree(one.folder)
+    for one in what:
+        for pattern in ("samples.parquet", "manifest.json", "*/manifest.json"):
+            for sign in found(one.folder, pattern):
+                remove_file(sign)
+        remove_folder(one.folder)

@@ -1,21 +1,27 @@
 """Whether a cache still is what it says: everything is read and compared, and rows are described again on request."""
 
 import hashlib
+import io
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from featurize.columns import column_folders, mapped, misplaced, row_keys
 from featurize.config import FeaturizeConfig
+from featurize.copies import DamagedError, download
 from featurize.datasets.sample import Sample
 from featurize.extract import ShardTask, describe
 from featurize.index import Dataset, content_id, open_dataset
-from featurize.manifest import CacheError, Manifest, read_manifest, shard_path
+from featurize.manifest import CacheError, Manifest, ShardRecord, read_manifest, shard_path
+from featurize.places import Place, found, read
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
-from featurize.shards import Array, Shard, ShardError
+from featurize.shards import Array, Shard, ShardError, index_of
 from featurize.sharing import sha256_of
 
 
@@ -29,7 +35,7 @@ class Problem:
         shard: the number of the shard that is to be made again; None: `repair` cannot help.
     """
 
-    folder: Path
+    folder: Place
     text: str
     shard: int | None = None
 
@@ -37,7 +43,7 @@ class Problem:
         return self.text
 
 
-def verify(dataset_folder: Path) -> Iterator[Problem]:
+def verify(dataset_folder: Place) -> Iterator[Problem]:
     """Read everything and yield what is wrong: checksums, counts, gaps, key order, values that are not finite."""
     try:
         dataset = open_dataset(dataset_folder)
@@ -62,13 +68,13 @@ def verify(dataset_folder: Path) -> Iterator[Problem]:
             yield from verify_column(dataset, folder, manifest)
 
 
-def verify_column(dataset: Dataset, folder: Path, manifest: Manifest) -> Iterator[Problem]:
+def verify_column(dataset: Dataset, folder: Place, manifest: Manifest) -> Iterator[Problem]:
     """What is wrong with a finished column."""
     if manifest.rows != dataset.rows(manifest.modality):
         yield Problem(folder, f"{folder}: {manifest.rows} rows, but the data set has {dataset.rows(manifest.modality)}")
         return
     known = {shard_path(folder, number) for number in range(len(manifest.shards))}
-    for path in sorted(set(folder.glob("*.tar")) - known):
+    for path in (path for path in found(folder, "*.tar") if path not in known):
         yield Problem(folder, f"{path}: stands in no manifest; nothing reads it and it may be removed")
     keys = row_keys(dataset, manifest.modality)
     for number, start in enumerate(manifest.starts[:-1]):
@@ -77,24 +83,56 @@ def verify_column(dataset: Dataset, folder: Path, manifest: Manifest) -> Iterato
             yield Problem(folder, text, number)
 
 
-def _shard_problem(path: Path, manifest: Manifest, number: int, keys: list[str]) -> str:
+def _shard_problem(path: Place, manifest: Manifest, number: int, keys: list[str]) -> str:
     """The first thing that is wrong with a shard, "" if nothing is."""
     record = manifest.shards[number]
     if not path.exists():
         return f"{path}: is missing"
-    if sha256_of(path) != record.sha256:
-        return f"{path}: changed since it was written (sha256 differs)"
     try:
-        shard = Shard(path, record.rows, ragged=manifest.ragged)
-    except ShardError as error:
+        with _at_hand(path, record) as (file, source):
+            shard = Shard(file, record.rows, ragged=manifest.ragged, source=source)
+            described = f"{manifest.dtype}{manifest.shape}"
+            if f"{shard.stored}{shard.shape}" != described:
+                return f"{path}: holds {shard.stored}{shard.shape}, its manifest says {described}"
+            return (
+                misplaced(shard, keys, range(shard.rows))
+                or _value_problem(path, shard, set(record.quarantined))
+                or (_index_problem(path, file) if manifest.ragged else "")
+            )
+    except (ShardError, DamagedError) as error:
         return str(error)
-    described = f"{manifest.dtype}{manifest.shape}"
-    if f"{shard.stored}{shard.shape}" != described:
-        return f"{path}: holds {shard.stored}{shard.shape}, its manifest says {described}"
-    return misplaced(shard, keys, range(shard.rows)) or _value_problem(path, shard, set(record.quarantined))
 
 
-def _value_problem(path: Path, shard: Shard, quarantined: set[int]) -> str:
+@contextmanager
+def _at_hand(path: Place, record: ShardRecord) -> Iterator[tuple[Path, Place | None]]:
+    """A shard as a file here whose checksum is right, and what it is a copy of: copies that others use are not asked.
+
+    Raises:
+        DamagedError: the checksum is another.
+    """
+    if isinstance(path, Path):
+        if sha256_of(path) != record.sha256:
+            raise DamagedError(f"{path}: changed since it was written (sha256 differs)")
+        yield path, None
+        return
+    with tempfile.NamedTemporaryFile(prefix="isthmus-", suffix=".tar") as file:
+        download(path, record, cast("BinaryIO", file))
+        file.flush()
+        yield Path(file.name), path
+
+
+def _index_problem(path: Place, file: Path) -> str:
+    """What is wrong with the index that stands beside a ragged shard."""
+    beside = path.with_suffix(".idx.npy")
+    try:
+        stored = np.load(io.BytesIO(read(beside)), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        return f"{beside}: not readable ({error})"
+    made = index_of(np.fromfile(file, np.uint8))
+    return "" if np.array_equal(stored, made) else f"{beside}: is not the index of the tar beside it"
+
+
+def _value_problem(path: Place, shard: Shard, quarantined: set[int]) -> str:
     for row in range(shard.rows):
         values = shard.row(row)
         if row not in quarantined and not np.isfinite(values).all():
@@ -115,7 +153,7 @@ class Drift:
         cosine: the smallest cosine between a row and its second description.
     """
 
-    folder: Path
+    folder: Place
     rows: int
     largest: float
     cosine: float
@@ -124,7 +162,7 @@ class Drift:
         return f"{self.folder}: {self.rows} rows again, largest difference {self.largest:.3g}, cosine {self.cosine:.6f}"
 
 
-def drift(dataset: Dataset, folder: Path, manifest: Manifest, images: int, seed: int = 0) -> Drift:
+def drift(dataset: Dataset, folder: Place, manifest: Manifest, images: int, seed: int = 0) -> Drift:
     """Describe some rows of a column again, on this machine with these libraries.
 
     Args:

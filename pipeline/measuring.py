@@ -20,7 +20,7 @@ from evaluate.metrics import Report
 from evaluate.protocols import Rank, evaluate_host, rank_corrected, rank_vectors
 from evaluate.ranks import EvaluationError
 from evaluate.search import CORRECTION_FILE
-from featurize.shards import publish
+from featurize.places import publish
 from train.batches import FeatureReader, Inputs
 from train.config import QuantizationConfig
 from train.hosts import Embedder

@@ -21,12 +21,13 @@ from evaluate.search import CORRECTION_FILE, Hit, Searcher, build_index
 from evaluate.tune import tune_share
 from featurize import index as feature_index
 from featurize.columns import column_folder, open_column
+from featurize.copies import Node
 from featurize.datasets.load import load, protocol_of
 from featurize.fill import fill
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import CacheError, read_manifest
+from featurize.places import place, publish, require_answer
 from featurize.plan import PlannedColumn, plan
-from featurize.shards import publish
 from featurize.upkeep import note_use
 from pipeline import pages, tracking
 from pipeline.config import CONFIG_FILE, ConfigError, RunConfig, dump_yaml, load_yaml, merge, run_name
@@ -47,11 +48,14 @@ ENSEMBLE = "ensemble"
 def _index(config: RunConfig) -> Dataset:
     """Read the source, check it and hash it."""
     print(f"data set {config.data.dataset}: reading and hashing images", flush=True)
-    samples = load(config.data, Path(config.cache).absolute() / "scenes")
+    cache = place(config.cache, CacheError)
+    require_answer(cache, CacheError)
+    # pictures are drawn on a disk; beside the copies where the cache has none
+    samples = load(config.data, (cache if isinstance(cache, Path) else Node.here().folder) / "scenes")
     dataset = feature_index.index(
         samples,
         config.data.dataset,
-        Path(config.cache).absolute(),
+        cache,
         max_quarantined=config.featurize.max_quarantined,
     )
     counts = {split: len(dataset.rows_of(split)) for split in sorted({s.split for s in dataset.samples})}
@@ -95,7 +99,7 @@ def _new_run(config: RunConfig, dataset: Dataset, columns: Mapping[str, str]) ->
 def _pinned(folder: Path) -> tuple[Dataset, list[PlannedColumn]]:
     """The data and the columns that a run began with."""
     pin = json.loads((folder / CACHE_FILE).read_text("utf-8"))
-    dataset = open_dataset(Path(pin["dataset"]))
+    dataset = open_dataset(place(pin["dataset"], CacheError))
     if dataset.id != pin["id"]:
         raise CacheError(f"{dataset.folder}: holds the data set {dataset.id}, {folder.name} began with {pin['id']}")
     columns = []

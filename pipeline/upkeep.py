@@ -9,6 +9,7 @@ from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
 from featurize.index import open_dataset
 from featurize.manifest import CacheError, Manifest, read_manifest
+from featurize.places import Place, found, place, require_answer
 from featurize.verify import Problem, drift, verify
 from pipeline.config import RayConfig
 from pipeline.sessions import ray_session
@@ -17,16 +18,17 @@ DRIFT = 0.999
 """A row that is described again must have at least this cosine with what is stored: bfloat16 has 0.9999."""
 
 
-def dataset_folders(cache: str) -> list[Path]:
+def dataset_folders(cache: str) -> list[Place]:
     """The data sets of a cache.
 
     Raises:
         CacheError: there are none.
     """
-    root = Path(cache)
-    folders = sorted(path.parent for path in root.glob("*@*/samples.parquet"))
+    root = place(cache, CacheError)
+    require_answer(root, CacheError)
+    folders = [path.parent for path in found(root, "*@*/samples.parquet")]
     if not folders:
-        raise CacheError(f"{root.absolute()}: no data sets here; `python -m pipeline featurize` makes some")
+        raise CacheError(f"{root}: no data sets here; `python -m pipeline featurize` makes some")
     return folders
 
 
@@ -59,9 +61,9 @@ def check(cache: str, reextract: int) -> int:
     """
     problems = []
     for folder in dataset_folders(cache):
-        found = list(verify(folder))
-        problems += found
-        if reextract and not any(problem.folder == folder for problem in found):
+        here = list(verify(folder))
+        problems += here
+        if reextract and not any(problem.folder == folder for problem in here):
             problems += _drifting(folder, reextract)
     for problem in problems:
         print(problem)
@@ -70,30 +72,30 @@ def check(cache: str, reextract: int) -> int:
     return len(problems)
 
 
-def _drifting(folder: Path, images: int) -> Iterator[Problem]:
+def _drifting(folder: Place, images: int) -> Iterator[Problem]:
     dataset = open_dataset(folder)
     for path in column_folders(folder):
         try:
             manifest = read_manifest(path)
             if manifest is None:
                 continue
-            found = drift(dataset, path, manifest, images)
+            drifted = drift(dataset, path, manifest, images)
         except CacheError as error:
             yield Problem(path, str(error))
             continue
-        print(found)
-        if found.cosine < DRIFT:
+        print(drifted)
+        if drifted.cosine < DRIFT:
             yield Problem(
                 path,
-                f"{path}: this machine describes rows otherwise (cosine {found.cosine:.4f}, expected {DRIFT} or more); "
-                "compare the environment in its manifest with this one, and mix what they say in no run",
+                f"{path}: this machine describes rows otherwise (cosine {drifted.cosine:.4f}, expected {DRIFT} or "
+                "more); compare the environment in its manifest with this one, and mix what they say in no run",
             )
 
 
 def explain(one: str, other: str) -> None:
     """Print in what two columns or data sets differ."""
-    found = upkeep.explain(Path(one), Path(other))
-    print("\n".join(found) if found else "the same ingredients: nothing differs")
+    differing = upkeep.explain(place(one, CacheError), place(other, CacheError))
+    print("\n".join(differing) if differing else "the same ingredients: nothing differs")
 
 
 def repair(cache: str, ray: RayConfig) -> int:
@@ -117,22 +119,20 @@ def repair(cache: str, ray: RayConfig) -> int:
 
 def export(columns: list[str], target: str, kind: str) -> None:
     """Write columns as files for others, and print what was left out."""
-    left_out = features.export([Path(column) for column in columns], Path(target), kind)
+    left_out = features.export([place(column, CacheError) for column in columns], Path(target), kind)
     print(f"{target} is written" + (f", without {left_out} rows that hold no values" if left_out else ""))
 
 
 def gc(cache: str, days: float, *, delete: bool) -> None:
     """Print what no run needs, and free it if `delete`."""
-    found = [one for folder in dataset_folders(cache) for one in upkeep.removable(folder, days)]
-    for one in found:
+    free = [one for folder in dataset_folders(cache) for one in upkeep.removable(folder, days)]
+    for one in free:
         print(f"{one.folder}  {one.size / 2**20:,.1f} MiB  {one.reason}")
-    total = f"{sum(one.size for one in found) / 2**20:,.1f} MiB in {len(found)} folders"
+    total = f"{sum(one.size for one in free) / 2**20:,.1f} MiB in {len(free)} folders"
     if delete:
-        upkeep.remove(found)
+        upkeep.remove(free)
         print(f"freed {total}")
     else:
         print(
-            f"{total} would be freed by --delete"
-            if found
-            else "nothing to free: runs read every column, or it is young"
+            f"{total} would be freed by --delete" if free else "nothing to free: runs read every column, or it is young"
         )

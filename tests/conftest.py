@@ -1,6 +1,8 @@
 """What tests share: the photographs, a small cache, one Ray."""
 
+import logging
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from featurize.datasets.sample import Sample
 from featurize.encoder import Output
 from featurize.index import Dataset, index, open_dataset
 from featurize.manifest import ShardRecord, identity
+from featurize.places import place
 from featurize.plan import PlannedColumn
 from featurize.shards import row_key, write_shard
 from featurize.texts.lexicon import LexiconEncoder
@@ -163,3 +166,56 @@ def detector_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("detector") / "weights.pth"
     torch.save({"model": model.state_dict(), "epoch": 3}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The endpoint of an S3 server on this machine."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The variables of a user of that server."""
+    from featurize.remote import OPEN
+
+    variables = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    yield variables
+    OPEN.clear()
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch):
+    """This node's folder of copies, empty."""
+    from featurize.remote import OPEN
+
+    OPEN.clear()
+    folder = tmp_path / "node"
+    monkeypatch.setenv("ISTHMUS_LOCAL", str(folder))
+    for name in ("ISTHMUS_LOCAL_GIB", "ISTHMUS_MEMORY_GIB"):
+        monkeypatch.delenv(name, raising=False)
+    yield folder
+    OPEN.clear()
+
+
+@pytest.fixture
+def bucket(s3, node):
+    """A bucket of a test's own."""
+    made = place(f"s3://bucket-{uuid.uuid4().hex}", ValueError)
+    made.fs.mkdir(made.path)
+    return made

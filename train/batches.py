@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from featurize.columns import open_column
 from featurize.config import View
 from featurize.index import Dataset, open_dataset
 from featurize.manifest import read_manifest
+from featurize.places import Place
 from featurize.plan import PlannedColumn
 from featurize.shards import Array, Column
 from featurize.texts.lexicon import language_of, stop_ids
@@ -114,7 +114,7 @@ class Inputs:
         lemmas: lemmas for labels of images, if the run has them.
     """
 
-    dataset: Path
+    dataset: Place
     image_vectors: tuple[tuple[ColumnRef, ...], ...]
     image_parts: tuple[tuple[ColumnRef, ...], ...]
     text_vectors: tuple[ColumnRef, ...]
@@ -127,7 +127,7 @@ class Inputs:
     @classmethod
     def of(
         cls,
-        dataset: Path,
+        dataset: Place,
         columns: Sequence[PlannedColumn],
         config: TrainConfig,
         precision: Literal["bfloat16", "float32"],
@@ -205,6 +205,7 @@ class FeatureReader:
         dataset: the index.
         views: number of views of each image.
         missing: (n,) image rows without features in some column.
+        images_per_shard: images whose rows stand in one shard of the first column.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -230,6 +231,7 @@ class FeatureReader:
         self.views = len((self._image_vectors or self._image_parts)[0])
         image_columns = [column for views in self._image_vectors + self._image_parts for column in views]
         manifests = [read_manifest(column.folder) for column in image_columns]
+        self.images_per_shard = next(manifest.images_per_shard for manifest in manifests if manifest)
         self.missing = np.unique(np.concatenate([manifest.missing for manifest in manifests if manifest]))
 
     @cached_property
@@ -315,6 +317,15 @@ class FeatureReader:
         """Frozen sentence vectors (N, S) of caption rows, for a run whose objective compares captions."""
         assert self._semantic is not None, "Inputs.of names a sentence column where compares_captions is true"
         return self._semantic.gather(captions)
+
+    def prepare(self, captions: Array) -> None:
+        """Bring the shards of captions (N,) and of their images to this node, if they lie elsewhere."""
+        images = np.unique(self.caption_image[captions])
+        for column in itertools.chain(*self._image_vectors, *self._image_parts):
+            column.prepare(images)
+        semantic = [self._semantic] if self._semantic else []
+        for column in [*self._text_vectors, *self._text_parts, *self._text_bags, *semantic]:
+            column.prepare(captions)
 
     def batch(self, draw: Draw) -> Batch:
         """The drawn captions and their images."""

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from featurize.shards import fsync_folder, temporary_name
+from featurize.places import fsync_folder, temporary_name
 
 
 class Checkpoints:

@@ -288,6 +288,10 @@ class TrainConfig:
     checkpoint_steps: int = field(
         default=0, metadata={"help": "also checkpoint every so many steps; 0: after each epoch only"}
     )
+    window: int = field(
+        default=0,
+        metadata={"help": "shards that an epoch mixes before it goes on, for a cache larger than the disk; 0: all"},
+    )
     seed: int = field(default=0, metadata={"help": "initial weights, order of the epochs, dropout"})
     workers: int = field(
         default=1, metadata={"help": "Ray Train workers; 0: plain, in this process, with the same numbers"}

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from featurize.extract import WORKER_ENV
-from featurize.shards import publish
+from featurize.places import publish
 from train.batches import FeatureReader
 from train.checkpoints import Checkpoints
 from train.loop import Progress, Work, feature_dims, train_worker

@@ -7,6 +7,7 @@ changes the speed and nothing else.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ from train.losses.objective import Objective
 from train.memory import EmbeddingShape
 from train.mixup import Mixup, check_mixup, mix
 from train.noise import Noise
-from train.schedule import Draw, Schedule, prefetch
+from train.schedule import Draw, Schedule, prefetch, windows
 from train.state import TrainState
 from train.targets import Targets
 from train.towers import Dims
@@ -121,7 +122,7 @@ def start(work: Work, reader: FeatureReader, targets: Targets, device: torch.dev
         )
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 2])
-    images, captions = reader.split(work.split)
+    images, captions = _near(config, reader, *reader.split(work.split))
     model = build_host(config.model, *feature_dims(reader, config))
     bags = config.model.text
     vocabularies = reader.vocabularies(work.split, bags.vocabulary, bags.min_frequency)
@@ -149,6 +150,14 @@ def start(work: Work, reader: FeatureReader, targets: Targets, device: torch.dev
         moving = get_ema_multi_avg_fn(config.objective.bank.momentum)  # type: ignore[no-untyped-call]  # torch's
         momentum = AveragedModel(model, multi_avg_fn=moving)
     return TrainState(model, objective, optimizer, average, momentum, _fingerprint(work))
+
+
+def _near(config: TrainConfig, reader: FeatureReader, images: Array, captions: Array) -> tuple[Array, Array]:
+    """Of image and caption rows those of the first window, which is read anyway; all where there are no windows."""
+    if not config.window:
+        return images, captions
+    first = images[windows(images // reader.images_per_shard, config.window, config.seed, 0) == 0]
+    return first, captions[np.isin(reader.caption_image[captions], first)]
 
 
 def _follow(decay: float, averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
@@ -238,10 +247,15 @@ class _Trainer:
                 f"a batch of {config.batch} captions, {together} of an image, cannot be dealt to {workers} workers; "
                 "raise --train.batch, or set --train.captions_per_image 1"
             )
+        if config.window < 0:
+            raise SettingsError(f"train.window: found {config.window}, expected 0 (all shards) or more")
         self.reader = FeatureReader(work.inputs)
         _, captions = self.reader.split(work.split)
         owner = self.reader.caption_image[captions]
-        self.schedule = Schedule(captions, owner, config.batch, self.reader.views, config.seed, together)
+        shards = owner // self.reader.images_per_shard
+        self.schedule = Schedule(
+            captions, owner, config.batch, self.reader.views, config.seed, together, shards, config.window
+        )
         self.total = config.epochs * self.schedule.steps
         self.targets = Targets.of(self.reader, work.split, config.objective, config.seed)
         self.mixup = Mixup(config.mixup, config.seed) if config.mixup else None
@@ -258,15 +272,30 @@ class _Trainer:
         epoch, first_step = divmod(state.step, self.schedule.steps)
         self.model.train()
         state.objective.train()
-        for step in prefetch(self._steps(epoch, first_step)):
+        for step in prefetch(self._steps(epoch, self._fetched(epoch, first_step), first_step)):
             terms = self._step(step)
             if state.step % LOG_EVERY == 0 or state.step % self.schedule.steps == 0:
                 self._report(terms)
             yield state.step
 
-    def _steps(self, epoch: int, first_step: int) -> "Iterator[_Step]":
+    def _fetched(self, epoch: int, first_step: int) -> Iterator[Draw]:
+        """The draws of an epoch; while those of a window are used, the shards of the next are fetched."""
+        turns, captions = self.schedule.turns(epoch), self.schedule.captions
+        if turns is None:
+            yield from self.schedule.epoch(epoch, first_step)
+            return
+        reached = -1
+        with ThreadPoolExecutor(1) as pool:
+            for draw in self.schedule.epoch(epoch, first_step):
+                now = int(turns[np.searchsorted(captions, draw.captions)].max())
+                if now > reached:
+                    reached = now
+                    pool.submit(self.reader.prepare, captions[turns == now + 1])  # what fails is met again by a step
+                yield draw
+
+    def _steps(self, epoch: int, draws: Iterator[Draw], first_step: int) -> "Iterator[_Step]":
         number = epoch * self.schedule.steps + first_step
-        for draw in self.schedule.epoch(epoch, first_step):
+        for draw in draws:
             slices = draw.slices(world()[1])
             own = slices[self.rank]
             batch, mixed = self.reader.batch(draw.part(*own)), draw.captions

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from featurize.shards import publish
+from featurize.places import place, publish
 from train.batches import Inputs
 from train.config import ModelConfig
 from train.hosts import Embedder, Ensemble, Host, build_host
@@ -129,4 +129,5 @@ def _open_host(folder: Path) -> tuple[Host, Inputs]:
     image, text = (dims.validate_python(description[name]) for name in ("image_dims", "text_dims"))
     model = build_host(config, image, text)
     model.load_state_dict(weights)
-    return model.eval().requires_grad_(requires_grad=False), TypeAdapter(Inputs).validate_python(description["inputs"])
+    inputs = {**description["inputs"], "dataset": place(description["inputs"]["dataset"], ModelError)}
+    return model.eval().requires_grad_(requires_grad=False), TypeAdapter(Inputs).validate_python(inputs)

@@ -46,7 +46,26 @@ class Draw:
         return Draw(self.captions[order], self.owner, self.views[order])
 
 
-def epoch_order(caption_image: Array, seed: int, epoch: int, together: int = 1) -> tuple[Array, Array]:
+def windows(shards: Array, window: int, seed: int, epoch: int) -> Array:
+    """When an epoch comes to each caption: its shards in random order, `window` at a time; by (seed, epoch) alone.
+
+    Args:
+        shards: (M,) the shard that a caption's image is in.
+        window: shards that are read at a time.
+        seed: of the run.
+        epoch: from 0.
+
+    Returns:
+        (M,) int64, 0 for the captions of the first `window` shards, 1 for those of the next ones, and so on.
+    """
+    present, which = np.unique(shards, return_inverse=True)
+    turn: Array = np.random.default_rng([seed, epoch, 3]).permutation(len(present))[which] // window
+    return turn
+
+
+def epoch_order(
+    caption_image: Array, seed: int, epoch: int, together: int = 1, turn: Array | None = None
+) -> tuple[Array, Array]:
     """The order of an epoch over captions: a permutation of range(M) that depends on (seed, epoch) alone.
 
     Round r takes the r-th `together` captions of every image (in an order of the image's own), images shuffled anew in
@@ -57,6 +76,8 @@ def epoch_order(caption_image: Array, seed: int, epoch: int, together: int = 1) 
         seed: of the run.
         epoch: from 0.
         together: captions of an image that stay side by side; fewer in its last round.
+        turn: (M,) the part of the epoch that each caption belongs to, the same for all of an image; the rounds are
+            those of a part.
 
     Returns:
         The permutation (M,), and for each of its places the number (M,) of the group that stays together, ascending.
@@ -67,7 +88,8 @@ def epoch_order(caption_image: Array, seed: int, epoch: int, together: int = 1) 
     sorted_images = caption_image[by_image]
     place = np.arange(count) - np.searchsorted(sorted_images, sorted_images)  # among the image's captions
     leader = np.arange(count) - place % together  # the group's first caption
-    order = np.lexsort((rng.random(count)[leader], place // together))
+    keys = (rng.random(count)[leader], place // together)
+    order = np.lexsort(keys if turn is None else (*keys, turn[by_image]))
     group = np.cumsum(np.diff(leader[order], prepend=-1) != 0) - 1
     return by_image[order], group
 
@@ -83,6 +105,8 @@ class Schedule:
         views: number of views to choose from.
         seed: of the run.
         together: captions of an image that a step takes at once.
+        shards: (M,) the shard that each caption's image is in; needed for a window.
+        window: shards whose rows are mixed, while no other is read; 0: all.
     """
 
     captions: Array
@@ -91,6 +115,15 @@ class Schedule:
     views: int
     seed: int
     together: int = 1
+    shards: Array | None = None
+    window: int = 0
+
+    def turns(self, epoch: int) -> Array | None:
+        """(M,) the window of an epoch that each caption is in; None without windows."""
+        if not self.window:
+            return None
+        assert self.shards is not None, "a window is one of shards"
+        return windows(self.shards, self.window, self.seed, epoch)
 
     @cached_property
     def steps(self) -> int:
@@ -101,7 +134,7 @@ class Schedule:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Draw]:
         """The global batches."""
-        order, group = epoch_order(self.caption_image, self.seed, epoch, self.together)
+        order, group = epoch_order(self.caption_image, self.seed, epoch, self.together, self.turns(epoch))
         views = np.random.default_rng([self.seed, epoch, 1]).integers(0, self.views, group[-1] + 1)
         for step, groups in enumerate(np.array_split(np.arange(len(views)), self.steps)):
             if step >= first_step:

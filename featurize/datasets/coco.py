@@ -1,14 +1,14 @@
 """The official COCO caption files (captions_train2014.json, captions_val2017.json, ...)."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from featurize.datasets.sample import DataError, Sample, image_pattern, read_json, required, split_in
+from featurize.places import Place, found, prefix
 
 _PLACES = ("{part}/{name}", "images/{part}/{name}", "images/{name}", "{name}")
 
 
-def read_coco(root: Path) -> Iterator[Sample]:
+def read_coco(root: Place) -> Iterator[Sample]:
     """Samples file by file, in the order of `images`; captions in the order of `annotations`.
 
     The image id is COCO's own number. The split is the word train, val or test in the JSON's name.
@@ -21,15 +21,15 @@ def read_coco(root: Path) -> Iterator[Sample]:
     Raises:
         DataError: there is no such file, it has another form, or none of its images is found.
     """
-    paths = [root] if root.is_file() else sorted(root.glob("captions_*.json"))
-    paths = paths or sorted(root.glob("annotations/captions_*.json"))
+    paths = [root] if root.is_file() else found(root, "captions_*.json")
+    paths = paths or found(root, "annotations/captions_*.json")
     if not paths:
         raise DataError(f"{root}: expected captions_*.json here or in annotations/, found none")
     for path in paths:
         yield from _read_file(path)
 
 
-def _read_file(path: Path) -> Iterator[Sample]:
+def _read_file(path: Place) -> Iterator[Sample]:
     root = path.parent.parent if path.parent.name == "annotations" else path.parent
     part = path.stem.removeprefix("captions_")
     content = read_json(path)
@@ -51,7 +51,7 @@ def _read_file(path: Path) -> Iterator[Sample]:
     for image, name in zip(images, names, strict=True):
         yield Sample(
             image_id=str(image["id"]),
-            image=f"{root}/{pattern.format(**name)}",
+            image=f"{prefix(root)}/{pattern.format(**name)}",
             captions=tuple(captions[image["id"]]),
             split=split,
         )

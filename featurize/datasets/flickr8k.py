@@ -1,9 +1,10 @@
 """The official Flickr8K files, as Hodosh, Young & Hockenmaier (JAIR 47, 2013) published them."""
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from featurize.datasets.sample import DataError, Sample, image_pattern, open_text
+from featurize.places import Place, prefix
 
 CAPTIONS_FILE = "Flickr8k.token.txt"
 
@@ -16,7 +17,7 @@ _SPLIT_FILES = {
 _PLACES = ("Flicker8k_Dataset/{name}", "Flickr8k_Dataset/{name}", "images/{name}", "{name}")
 
 
-def read_flickr8k(root: Path) -> Iterator[Sample]:
+def read_flickr8k(root: Place) -> Iterator[Sample]:
     """Samples in the order of the token file; the image id is the file name without its extension.
 
     A split file that is absent leaves its split out. Images of the token file that stand in no split file are
@@ -50,13 +51,13 @@ def read_flickr8k(root: Path) -> Iterator[Sample]:
     for name in names:
         yield Sample(
             image_id=PurePosixPath(name).stem,
-            image=f"{root}/{pattern.format(name=name)}",
+            image=f"{prefix(root)}/{pattern.format(name=name)}",
             captions=tuple(captions.get(name, ())),
             split=splits[name],
         )
 
 
-def _splits(root: Path) -> dict[str, str]:
+def _splits(root: Place) -> dict[str, str]:
     """The split of each image name, from the split files that are there."""
     splits: dict[str, str] = {}
     present = {split: root / name for split, name in _SPLIT_FILES.items() if (root / name).is_file()}

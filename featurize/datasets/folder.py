@@ -1,13 +1,15 @@
 """A folder of images, each with its captions in a text file of the same name."""
 
+import io
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
 from featurize.datasets.sample import IMAGE_SUFFIXES, SPLIT_NAMES, DataError, Sample, caption_lines, open_text
+from featurize.places import Place, prefix
 
 
-def read_folder(root: Path) -> Iterator[Sample]:
+def read_folder(root: Place) -> Iterator[Sample]:
     """Samples sorted by path; `a/b.jpg` has its captions in `a/b.txt`, one a line.
 
     The image id is the path below `root` without its extension. A sub-folder of `root` whose name is in
@@ -17,12 +19,11 @@ def read_folder(root: Path) -> Iterator[Sample]:
     Raises:
         DataError: two images differ by their extension only, so one text file would describe both.
     """
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inside = Path(folder).relative_to(root)
+    for inside, names in _walk(root):
+        folder = prefix(root / inside) if inside.parts else prefix(root)
         split = SPLIT_NAMES.get(inside.parts[0].lower(), "") if inside.parts else ""
         images: dict[str, str] = {}
-        for name in sorted(names):
+        for name in names:
             stem, suffix = os.path.splitext(name)  # noqa: PTH122 - Path is slow on a million names
             if suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
                 continue
@@ -30,9 +31,41 @@ def read_folder(root: Path) -> Iterator[Sample]:
                 raise DataError(f"{folder}: duplicate image id {stem!r}: {images[stem]!r} and {name!r}; rename one")
             images[stem] = name
         texts = set(names)
+        captions = _captions(root, inside, [stem for stem in images if f"{stem}.txt" in texts])
         for stem, name in images.items():
-            captions: tuple[str, ...] = ()
-            if f"{stem}.txt" in texts:
-                with open_text(Path(folder, f"{stem}.txt")) as file:
-                    captions = caption_lines(file)
-            yield Sample(image_id=(inside / stem).as_posix(), image=f"{folder}/{name}", captions=captions, split=split)
+            told = next(captions) if f"{stem}.txt" in texts else ()
+            yield Sample(image_id=(inside / stem).as_posix(), image=f"{folder}/{name}", captions=told, split=split)
+
+
+def _walk(root: Place) -> Iterator[tuple[PurePosixPath, list[str]]]:
+    """Each folder, as a path below the root, with the sorted names of its files; a folder before those inside it."""
+    if isinstance(root, Path):
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            yield PurePosixPath(Path(folder).relative_to(root)), sorted(names)
+        return
+    tree: dict[PurePosixPath, list[str]] = {}
+    for path in root.fs.find(root.path):
+        inside = PurePosixPath(path.removeprefix(root.path).lstrip("/"))
+        if not any(part.startswith(".") for part in inside.parts[:-1]):
+            tree.setdefault(inside.parent, []).append(inside.name)
+    for inside in sorted(tree, key=lambda path: path.parts):
+        yield inside, sorted(tree[inside])
+
+
+def _captions(root: Place, inside: PurePosixPath, stems: list[str]) -> Iterator[tuple[str, ...]]:
+    """The captions in text files of one folder; a store is asked for many at once."""
+    if isinstance(root, Path):
+        for stem in stems:
+            with open_text(root / inside / f"{stem}.txt") as file:
+                yield caption_lines(file)
+        return
+    base = root / inside if inside.parts else root
+    for start in range(0, len(stems), 256):
+        paths = [f"{base.path.rstrip('/')}/{stem}.txt" for stem in stems[start : start + 256]]
+        texts = root.fs.cat(paths)
+        texts = texts if isinstance(texts, dict) else dict.fromkeys(paths, texts)
+        for path in paths:
+            text = texts[path].decode("utf-8-sig", errors="surrogateescape")
+            lines: Iterable[str] = io.StringIO(text, newline="")
+            yield caption_lines(lines)

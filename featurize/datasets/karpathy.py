@@ -5,9 +5,10 @@ Karpathy & Fei-Fei, Deep Visual-Semantic Alignments, CVPR 2015 (caption_datasets
 """
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from featurize.datasets.sample import DataError, Sample, image_pattern, read_json, required
+from featurize.places import Place, found, prefix
 
 _PLACES = (
     "images/{name}",
@@ -19,7 +20,7 @@ _PLACES = (
 )
 
 
-def read_karpathy(root: Path) -> Iterator[Sample]:
+def read_karpathy(root: Place) -> Iterator[Sample]:
     """Samples in the file's order.
 
     The image id is COCO's `cocoid` or else the file name without its extension. The split "restval" (COCO
@@ -43,25 +44,25 @@ def read_karpathy(root: Path) -> Iterator[Sample]:
         filepath = required(image, "filepath", str, place) if "filepath" in image else ""
         names.append({"name": name, "filepath": filepath})
     pattern = image_pattern(root, _PLACES, names)
-    for row, (image, found) in enumerate(zip(images, names, strict=True)):
+    for row, (image, named) in enumerate(zip(images, names, strict=True)):
         place = f"{path}, images[{row}]"
         sentences = required(image, "sentences", list, place)
         split = required(image, "split", str, place)
         yield Sample(
-            image_id=str(image["cocoid"]) if "cocoid" in image else PurePosixPath(found["name"]).stem,
-            image=f"{root}/{pattern.format(**found)}",
+            image_id=str(image["cocoid"]) if "cocoid" in image else PurePosixPath(named["name"]).stem,
+            image=f"{prefix(root)}/{pattern.format(**named)}",
             captions=tuple(required(s, "raw", str, f"{place}, a sentence").strip() for s in sentences),
             split="train" if split == "restval" else split,
         )
 
 
-def _json_file(root: Path) -> Path:
+def _json_file(root: Place) -> Place:
     if root.is_file():
         return root
-    found = sorted(root.glob("dataset_*.json"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
+    there = found(root, "dataset_*.json")
+    if len(there) != 1:
+        names = ", ".join(path.name for path in there) or "none"
         raise DataError(
             f"{root}: expected exactly one dataset_*.json, found {names}; give the file itself as --data.root"
         )
-    return found[0]
+    return there[0]

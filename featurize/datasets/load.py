@@ -16,11 +16,12 @@ from featurize.datasets.sample import DataError, Sample, nearest
 from featurize.datasets.scenes import read_scenes
 from featurize.datasets.table import read_table
 from featurize.datasets.tar import read_tar
+from featurize.places import Place, answering, place, require_answer
 
 
 @dataclass(frozen=True)
 class _Source:
-    read: Callable[[Path, DataConfig], Iterator[Sample]]
+    read: Callable[[Place, DataConfig], Iterator[Sample]]
     expected: str  # at `root`
 
 
@@ -59,21 +60,26 @@ def protocol_of(config: DataConfig) -> Literal["full", "coco"]:
 def _read(config: DataConfig, folder: Path) -> Iterator[Sample]:
     source = _SOURCES[config.dataset]
     if config.dataset == "scenes":
-        return source.read(_absolute(config.root) if config.root else folder, config)
+        yield from source.read(_drawn(config.root) if config.root else folder, config)
+        return
     if not config.root:
         raise DataError(f"{config.dataset} needs --data.root: {source.expected}")
-    root = _absolute(config.root)
+    root = place(config.root, DataError)
+    require_answer(root, DataError)
     if not root.exists():
         raise DataError(f"--data.root {root} does not exist; {config.dataset} expects {source.expected}")
-    return source.read(root, config)
+    with answering(root, DataError):
+        yield from source.read(root, config)
 
 
-def _absolute(root: str) -> Path:
-    """Absolute, because workers run in other folders."""
-    return Path(root).expanduser().absolute()
+def _drawn(root: str) -> Path:
+    folder = place(root, DataError)
+    if not isinstance(folder, Path):
+        raise DataError(f"--data.root {root}: scenes are drawn on a disk; give a folder of this machine")
+    return folder
 
 
-def _read_preset(name: str, root: Path) -> Iterator[Sample]:
+def _read_preset(name: str, root: Place) -> Iterator[Sample]:
     """Karpathy's JSON of that very data set; for Flickr8K the official files where the JSON is absent."""
     if root.is_file():
         return read_karpathy(root)
@@ -99,7 +105,7 @@ _SOURCES = {
         "a folder with dataset_coco.json, train2014/ and val2014/",
     ),
     "scenes": _Source(
-        lambda root, config: read_scenes(root, config.scenes),
+        lambda root, config: read_scenes(Path(str(root)), config.scenes),
         "--data.scenes.train, --data.scenes.val or --data.scenes.test above 0",
     ),
     "karpathy": _Source(

@@ -4,14 +4,13 @@ import json
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-import fsspec
+from featurize.places import Place, answering, file_at
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -57,32 +56,27 @@ class Sample:
         """The encoded image (JPEG, PNG, ...).
 
         Raises:
-            OSError: the file is missing, a folder, pipe or device, or shorter than its span says; or what holds it
-                does not give it.
+            OSError: the file is missing, a folder, pipe or device, or shorter than its span says; or its store does
+                not answer.
         """
-        if "://" not in self.image:
-            return self._read(_open_regular(Path(self.image)))
-        # fsspec reads more than "://" into a name ("a::b" is a chain), so it gets URIs only.
-        try:
-            return self._read(fsspec.open(self.image, "rb"))
-        except OSError:
-            raise
-        except Exception as error:  # every file system fails in its own way, and so does one that is not installed
-            raise OSError(f"{self.image}: {type(error).__name__}: {error}") from error
-
-    def _read(self, opener: AbstractContextManager[IO[bytes]]) -> bytes:
-        with opener as file:
-            if self.span is None:
-                return bytes(file.read())
+        data = self._bytes()
+        if self.span is not None and len(data) != self.span[1]:
             offset, length = self.span
-            file.seek(offset)
-            data = bytes(file.read(length))
-        if len(data) != length:
             raise OSError(
                 f"{self.image}: expected {length} bytes at offset {offset}, found {len(data)}; "
                 "the file changed after it was indexed"
             )
         return data
+
+    def _bytes(self) -> bytes:
+        start, end = (self.span[0], sum(self.span)) if self.span else (None, None)
+        if "://" in self.image:  # fsspec reads more than that into a name ("a::b" is a chain), so it gets URIs only
+            with answering(self.image, OSError):
+                store, path = file_at(self.image)
+                return bytes(store.cat_file(path, start=start, end=end))
+        with _open_regular(Path(self.image)) as file:
+            file.seek(start or 0)
+            return file.read(-1 if end is None or start is None else end - start)
 
 
 def _open_regular(path: Path) -> IO[bytes]:
@@ -93,7 +87,7 @@ def _open_regular(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def open_text(path: Path) -> TextIO:
+def open_text(path: Place) -> TextIO:
     """A text file as all sources open it: a byte order mark is dropped, bytes that are not UTF-8 are kept.
 
     Line ends stay as they are (the csv module wants that), so a line is stripped where it is used.
@@ -101,7 +95,7 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
@@ -157,7 +151,7 @@ def split_in(name: str) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def image_pattern(root: Path, patterns: Sequence[str], images: Iterable[Mapping[str, str]]) -> str:
+def image_pattern(root: Place, patterns: Sequence[str], images: Iterable[Mapping[str, str]]) -> str:
     """Which of several customary places under `root` holds the images; looks for the first 20 images only.
 
     Args:

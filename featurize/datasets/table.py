@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from featurize.config import TableConfig
 from featurize.datasets.sample import DataError, Sample, nearest, open_text
+from featurize.places import Place, prefix
 
 _Row = tuple[str, Mapping[str, Any]]  # where the row stands, for messages; its cells by column
 
@@ -29,7 +30,7 @@ class _Image:
     place: str
 
 
-def read_table(root: Path, config: TableConfig) -> Iterator[Sample]:
+def read_table(root: Place, config: TableConfig) -> Iterator[Sample]:
     """Samples in the order in which their ids first appear.
 
     A row holds one caption or a list of captions (in CSV and TSV: a JSON list); rows with one id are one
@@ -59,11 +60,15 @@ def read_table(root: Path, config: TableConfig) -> Iterator[Sample]:
             )
         known.captions += _captions(row[config.caption], config.caption, where)
     for image_id, known in images.items():
-        location = known.image if "://" in known.image else str(path.parent / known.image)
+        location = known.image
+        if "://" not in location and isinstance(path, Path):
+            location = str(path.parent / location)
+        elif "://" not in location and not location.startswith("/"):
+            location = f"{prefix(path.parent)}/{location}"
         yield Sample(image_id=image_id, image=location, captions=tuple(known.captions), split=known.split)
 
 
-def _table_file(root: Path) -> Path:
+def _table_file(root: Place) -> Place:
     kinds = ", ".join(_READERS)
     if root.is_file():
         if root.suffix.lower() not in _READERS:
@@ -95,7 +100,7 @@ def _columns(found: Iterable[str], config: TableConfig, where: str) -> list[str]
     return columns
 
 
-def _delimited_rows(path: Path, config: TableConfig) -> Iterator[_Row]:
+def _delimited_rows(path: Place, config: TableConfig) -> Iterator[_Row]:
     with open_text(path) as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
@@ -131,7 +136,7 @@ def _listed(cell: str, where: str) -> Any:
         ) from error
 
 
-def _json_rows(path: Path, config: TableConfig) -> Iterator[_Row]:
+def _json_rows(path: Place, config: TableConfig) -> Iterator[_Row]:
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -147,7 +152,7 @@ def _json_rows(path: Path, config: TableConfig) -> Iterator[_Row]:
             yield place, row
 
 
-def _parquet_rows(path: Path, config: TableConfig) -> Iterator[_Row]:
+def _parquet_rows(path: Place, config: TableConfig) -> Iterator[_Row]:
     with path.open("rb") as file:
         try:
             table = pq.ParquetFile(file)
@@ -175,7 +180,7 @@ def _as_bytes(column: Any) -> Any:
     return column.cast(bytes_type(column.type))
 
 
-_READERS: dict[str, Callable[[Path, TableConfig], Iterator[_Row]]] = {
+_READERS: dict[str, Callable[[Place, TableConfig], Iterator[_Row]]] = {
     ".csv": _delimited_rows,
     ".tsv": _delimited_rows,
     ".jsonl": _json_rows,

@@ -6,10 +6,10 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from featurize.datasets.sample import IMAGE_SUFFIXES, DataError, Sample, caption_lines, required, split_in
+from featurize.places import Place, found
 
 
 @dataclass
@@ -23,7 +23,7 @@ class _Group:
     suffixes: list[str] = field(default_factory=list)
 
 
-def read_tar(root: Path) -> Iterator[Sample]:
+def read_tar(root: Place) -> Iterator[Sample]:
     """Samples in the order of the members; several tars are sorted by name.
 
     As in webdataset, members with one key (the path up to the first dot of the file name) are one sample and
@@ -39,7 +39,7 @@ def read_tar(root: Path) -> Iterator[Sample]:
         DataError: there is no tar, it is compressed or cut short, or a sample has no image, several, or
             members that do not stand side by side.
     """
-    paths = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    paths = [root] if root.is_file() else found(root, "*.tar")
     if not paths:
         raise DataError(f"{root}: expected webdataset tars (*.tar), found none")
     for path in paths:
@@ -54,11 +54,11 @@ def read_tar(root: Path) -> Iterator[Sample]:
             yield _sample(path, group)
 
 
-def _groups(path: Path) -> Iterator[_Group]:
+def _groups(path: Place) -> Iterator[_Group]:
     """Neighbouring members that share a key and belong to a sample."""
     group: _Group | None = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, name = posixpath.split(member.name)
                 stem, dot, suffix = name.partition(".")
@@ -79,7 +79,7 @@ def _groups(path: Path) -> Iterator[_Group]:
         yield group
 
 
-def _require_end(path: Path, offset: int) -> None:
+def _require_end(path: Place, offset: int) -> None:
     """The standard library takes a broken header for the end; the end that was meant is a block of zeros."""
     with path.open("rb") as file:
         file.seek(offset)
@@ -109,7 +109,7 @@ def _add(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: s
     group.meta = meta
 
 
-def _sample(path: Path, group: _Group) -> Sample:
+def _sample(path: Place, group: _Group) -> Sample:
     where = f"{path}, sample {group.key!r}"
     if group.span is None:
         raise DataError(

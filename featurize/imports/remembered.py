@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from featurize.shards import Array, publish
+from featurize.places import publish
+from featurize.shards import Array
 
 FOLDER = "imports"
 """In the cache; no data set is called so, because their folders have an `@` in their names."""

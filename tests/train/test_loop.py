@@ -53,7 +53,7 @@ SEDE = ObjectiveConfig(
     erasing=ErasingConfig(weight=0.5),
 )
 
-METHODS = ["less", "hier", "sede-vse", "sede-scan", "sede-vsrn", "mixup"]
+METHODS = ["less", "hier", "sede-vse", "sede-scan", "sede-vsrn", "mixup", "window"]
 
 
 def method_config(config, method):
@@ -79,7 +79,11 @@ def method_config(config, method):
             return replace(
                 config, model=replace(both, image=reasoning, text=bigru), objective=replace(SEDE, center=center)
             )
-    return replace(config, mixup=0.5, objective=ObjectiveConfig(ranking="siglip", bank=BankConfig(size=30)))
+    rest = {
+        "window": {"window": 1, "captions_per_image": 2},
+        "mixup": {"mixup": 0.5, "objective": ObjectiveConfig(ranking="siglip", bank=BankConfig(size=30))},
+    }
+    return replace(config, **rest[method])
 
 
 @dataclass
@@ -271,6 +275,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_cache, tiny_config, tmp_pat
     free = replace(tiny_config, lr=1e30, clip=0.0, model=replace(tiny_config.model, normalise=False))
     with pytest.raises(DivergenceError, match=r"lower --train\.lr"):
         train_here(make_work(tiny_cache, free, tmp_path), tmp_path)
+
+
+def test_a_window_of_less_than_nothing_is_refused(tiny_cache, tiny_config, tmp_path):
+    with pytest.raises(SettingsError, match=r"train\.window: found -1, expected 0 \(all shards\) or more"):
+        train_here(make_work(tiny_cache, replace(tiny_config, window=-1), tmp_path), tmp_path)
 
 
 def test_more_workers_than_pairs_are_refused(tiny_cache, tiny_config, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from train.schedule import Schedule, epoch_order, prefetch, worker_slices
+from train.schedule import Schedule, epoch_order, prefetch, windows, worker_slices
 
 OWNER = np.repeat(np.arange(50), 1 + np.arange(50) % 5)
 
@@ -78,6 +78,45 @@ def test_an_epoch_resumes_in_its_middle():
 def test_all_views_are_chosen():
     schedule = Schedule(np.arange(len(OWNER)), OWNER, batch=16, views=2, seed=0)
     assert set(np.concatenate([draw.views for draw in schedule.epoch(0)])) == {0, 1}
+
+
+SHARDS = OWNER // 8  # seven, the last of two images
+
+
+@pytest.mark.parametrize("together", [1, 2])
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_windows_of_shards_come_one_after_the_other(window, together):
+    schedule = Schedule(np.arange(len(OWNER)), OWNER, 16, 2, 0, together, SHARDS, window)
+    draws = list(schedule.epoch(4))
+    assert len(draws) == schedule.steps == Schedule(np.arange(len(OWNER)), OWNER, 16, 2, 0, together).steps
+    captions = np.concatenate([draw.captions for draw in draws])
+    assert sorted(captions) == list(range(len(OWNER)))
+    turn = windows(SHARDS, window, 0, 4)[captions]
+    assert (np.diff(turn) >= 0).all()
+    for number in range(-(-7 // window)):
+        inside = SHARDS[captions[turn == number]]
+        assert len(set(inside)) == min(window, 7 - number * window)
+    for start in range(0, len(captions), 8):  # at most two windows are open
+        assert len(set(SHARDS[captions[start : start + 8]])) <= 2 * window
+
+
+def test_rows_of_a_window_are_mixed_and_shards_come_in_another_order_each_epoch():
+    schedule = Schedule(np.arange(len(OWNER)), OWNER, 16, 2, 0, 1, SHARDS, 3)
+    one, other = (np.concatenate([draw.captions for draw in schedule.epoch(epoch)]) for epoch in (0, 1))
+    assert (windows(SHARDS, 3, 0, 0) != windows(SHARDS, 3, 0, 1)).any()
+    assert (np.diff(SHARDS[one]) != 0).mean() > 0.3
+    assert (one != other).any()
+    again = np.concatenate([draw.captions for draw in schedule.epoch(0)])
+    np.testing.assert_array_equal(one, again)
+    rest = np.concatenate([draw.captions for draw in schedule.epoch(0, first_step=5)])
+    np.testing.assert_array_equal(one[-len(rest) :], rest)
+
+
+def test_without_a_window_the_order_is_as_it_was():
+    draws = Schedule(np.arange(len(OWNER)), OWNER, 16, 2, 0, 1, SHARDS, 0).epoch(0)
+    plain = Schedule(np.arange(len(OWNER)), OWNER, 16, 2, 0).epoch(0)
+    for one, other in zip(draws, plain, strict=True):
+        np.testing.assert_array_equal(one.captions, other.captions)
 
 
 @pytest.mark.parametrize(("total", "workers"), [(10, 1), (10, 3), (7, 7), (256, 8)])
