@@ -61,8 +61,10 @@ def test_whatever_a_file_system_raises_is_an_os_error(monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("fsspec.open", fail)
-    with pytest.raises(OSError, match=rf"^s3://a/b\.jpg: {type(error).__name__}: {error}$"):
+    monkeypatch.setattr("featurize.datasets.sample.file_at", fail)
+    with pytest.raises(
+        OSError, match=rf"^s3://a/b\.jpg: the store does not .* \({type(error).__name__}: {error}\); check"
+    ):
         sample("s3://a/b.jpg").read()
 
 

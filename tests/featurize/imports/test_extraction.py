@@ -62,7 +62,7 @@ def test_a_row_that_is_not_in_the_file_is_quarantined(dataset, regions):
         "image_id": "picture-3",
         "stage": "import",
         "reason": "no row in bua.h5",
-        "column": "import-bua.regions",
+        "columns": ["import-bua.regions"],
     }
     assert {key: line[key] for key in expected} == expected
     assert open_dataset(dataset.folder).quarantine == ()
