@@ -56,7 +56,7 @@ SEDE = ObjectiveConfig(
 METHODS = ["less", "hier", "sede-vse", "sede-scan", "sede-vsrn", "mixup", "window"]
 
 
-def method_config(config, method):
+def method_config(config, method):  # noqa: PLR0911 - one for each method
     """A small run with all that the method adds to the state."""
     both = replace(config.model, image=GRID, text=TOKENS)
     match method:
@@ -79,8 +79,8 @@ def method_config(config, method):
             return replace(
                 config, model=replace(both, image=reasoning, text=bigru), objective=replace(SEDE, center=center)
             )
-        case "window":
-            return replace(config, window=1, captions_per_image=2)
+    if method == "window":
+        return replace(config, window=1, captions_per_image=2)
     return replace(config, mixup=0.5, objective=ObjectiveConfig(ranking="siglip", bank=BankConfig(size=30)))
 
 
