@@ -2,11 +2,11 @@
 
     python benchmarks/bench_elsewhere.py [--before CHECKOUT]
 
-The cache of `bench_training.py` (8,000 rows in 32 shards a column) is read as a training step reads it: 256 random
+The columns of `bench_training.py`, 2,048 rows in 32 shards each, are read as a training step reads them: 256 random
 captions and their images a batch. `local` opens the folder; `copied` opens it as a store would be opened, every shard
-copied to this node before; `streamed` has no disk and all shards in memory; `before` is the local cache read by another
-checkout of the sources. Each is a process of its own; they take turns batch by batch, so that what else the machine
-does meets all alike. What is printed are ratios of medians.
+copied to this node before; `streamed` has no disk and all shards in memory; `before` is the local cache read by
+another checkout of the sources. Each is a process of its own; they take turns batch by batch, so that what else the
+machine does meets all alike. What is printed are ratios of medians.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 CHECKOUT = os.environ.get("BENCH_CHECKOUT", str(Path(__file__).parents[1]))
 sys.path[:0] = [CHECKOUT, str(Path(__file__).parent)]
 
+import bench_training
 from bench_training import BATCH, towers, write_cache
 
 from train.batches import FeatureReader, Inputs
@@ -51,6 +52,7 @@ def measure(steps: int, before: str, *, parts: bool) -> dict[str, float]:
 
     with tempfile.TemporaryDirectory() as text, ExitStack() as stack:
         folder = Path(text)
+        bench_training.ROWS, bench_training.SHARD = 2048, 64
         dataset, columns = write_cache(folder)
         local = Inputs.of(dataset.folder, columns, towers(parts), "float32")
         remote = replace(local, dataset=UPath(f"file://{dataset.folder}"))  # `place` would make a plain path of it

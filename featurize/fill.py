@@ -5,7 +5,7 @@ command goes on.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -175,9 +175,8 @@ def fill(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedCol
 @contextmanager
 def _locked(folders: Sequence[Place]) -> Iterator[None]:
     """The right to make columns, which is taken back from a process that dies; one job at a time has it."""
-    with ExitStack() as stack:
-        for folder in sorted(folders, key=str):  # one order for all jobs: none waits for one that waits for it
-            stack.enter_context(held(folder))
+    with held(*folders):
+        for folder in folders:
             clear_temporary(folder)
         yield
 

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -35,27 +35,32 @@ _FORGOTTEN = 24 * 60 * 60  # seconds after which a lease says nothing to `is_hel
 
 
 @contextmanager
-def held(folder: Place) -> Iterator[None]:
-    """Hold the right to make a column for the length of a block; waits for another job that has it."""
-    make_folder(folder)
-    if isinstance(folder, Path):
-        lock = FileLock(folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            _tell(folder)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-        return
-    lease = _Lease(folder / LOCK)
-    lease.acquire()
-    try:
+def held(*folders: Place) -> Iterator[None]:
+    """Hold the right to make columns for the length of a block; waits for another job that has it."""
+    ordered = sorted(folders, key=str)  # one order for all jobs: none waits for one that waits for it
+    rights = [_Lock(folder) if isinstance(folder, Path) else _Lease(folder) for folder in ordered]
+    with ExitStack() as stack:
+        for right in rights:
+            right.acquire()
+            stack.callback(right.release)
         yield
-    finally:
-        lease.release()
+
+
+class _Lock:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_folder(folder)
+        self._lock = FileLock(folder / LOCK)
+
+    def acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            _tell(self.folder)
+            self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
 
 
 def _tell(folder: Place) -> None:
@@ -90,16 +95,19 @@ def clear_temporary(folder: Place) -> None:
 
 
 class _Lease:
-    def __init__(self, path: UPath) -> None:
-        self.path = path
+    def __init__(self, folder: UPath) -> None:
+        make_folder(folder)
+        self.path = folder / LOCK
         self._name = uuid.uuid4().hex
         self._beats = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
+        # Seen now, though it is waited for later: the leases of one dead job are taken over at once.
+        self._seen, self._since = self._content(), time.monotonic()
 
     def acquire(self) -> None:
         """Wait until it is ours."""
-        seen, since, told = self._content(), time.monotonic(), False
+        seen, since, told = self._seen, self._since, False
         while True:
             now = self._content()
             if now is None and self._create():

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -87,6 +88,16 @@ def test_a_dead_holder_is_replaced(remote, quick):
     with held(remote):
         assert json.loads(read(remote / LOCK))["holder"] != "dead"
     assert not remote.exists()
+
+
+def test_all_leases_of_a_dead_job_are_taken_over_at_once(bucket, quick, monkeypatch):
+    monkeypatch.setattr(leases, "PATIENCE", 2.0)
+    folders = [bucket / f"column@{number}" for number in range(4)]
+    for folder in folders:
+        publish(folder / LOCK, b'{"holder": "dead", "beat": 7}')
+    begun = time.monotonic()
+    with held(*folders):
+        assert time.monotonic() - begun < 2 * leases.PATIENCE + 2  # not four times
 
 
 def test_of_two_that_take_over_one_has_it(remote, quick):
