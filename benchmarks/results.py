@@ -89,6 +89,14 @@ _PLAIN = {"objective.center.weight": "0", "objective.quantization.weight": "0"}
 _FIXED = {**_PLAIN, "objective.hinge.margin.form": "fixed"}
 _NO_CODES = {"objective.hinge.margin.form": "fixed", "objective.quantization.weight": "0"}
 _GLOBAL = {"objective.local.weight": "0", "model.local.dim": "0"}
+
+
+def _on_parts(aggregator: str) -> dict[str, str]:
+    """The hinge alone on pooled vectors beside cells and tokens, which this aggregator pools."""
+    read = {"model.image.parts": "efficientnet-lite0.coarse", "model.text.parts": "tokens"}
+    return {**_FIXED, **read, "model.image.aggregator": aggregator, "model.text.aggregator": aggregator}
+
+
 SECTIONS: dict[str, list[Row]] = {
     "Baselines": [Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix")],
     "The best vector": [
@@ -116,6 +124,13 @@ SECTIONS: dict[str, list[Row]] = {
             Row("all, weights learned", "less", {"objective.weighting": "uncertainty"}),
         ],
     ),
+    "LESS on parts, quantization form A": [
+        Row("means of cells and of tokens", "less", _on_parts("mean")),
+        Row("NetVLAD, a codebook each", "less", _on_parts("netvlad")),
+        Row("NetVLAD, one codebook", "less", {**_on_parts("netvlad"), "model.shared_codebook": "true"}),
+        Row("attention", "less", _on_parts("attention")),
+        Row("GPO", "less", _on_parts("gpo")),
+    ],
     "HIER": [Row("global space alone", "hier", _GLOBAL), Row("global and local: `hier`", "hier")],
     "Storage of the features": [
         Row("float16: `infonce`", "infonce"),
