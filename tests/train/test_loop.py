@@ -1,5 +1,6 @@
 """The loop: interrupted and resumed equals uninterrupted; two workers equal one; what goes wrong is said."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -85,16 +86,16 @@ def method_config(config, method):
             return replace(
                 config, model=replace(both, image=reasoning, text=bigru), objective=replace(SEDE, center=center)
             )
-        case "one codebook, free":
-            image, text = (replace(tower, aggregator="netvlad", clusters=4) for tower in (GRID, TOKENS))
-            objective = ObjectiveConfig(
+    image, text = (replace(tower, aggregator="netvlad", clusters=4) for tower in (GRID, TOKENS))
+    rest = {
+        FREE: {
+            "model": replace(config.model, image=image, text=text, shared_codebook=True, normalise=False),
+            "objective": ObjectiveConfig(
                 hinge=HingeConfig(margin=MarginConfig(form="B")),
                 center=CenterConfig(weight=0.1, concept="cluster", concepts=5),
                 weighting="uncertainty",
-            )
-            model = replace(config.model, image=image, text=text, shared_codebook=True, normalise=False)
-            return replace(config, model=model, objective=objective)
-    rest = {
+            ),
+        },
         "window": {"window": 1, "captions_per_image": 2},
         "mixup": {"mixup": 0.5, "objective": ObjectiveConfig(ranking="siglip", bank=BankConfig(size=30))},
     }
@@ -381,6 +382,38 @@ def test_heads_learn_with_every_hinge(tiny_cache, tiny_config, tmp_path, form, m
     objective = ObjectiveConfig(ranking="hinge", hinge=HingeConfig(mining=mining, margin=MarginConfig(form=form)))
     train_here(make_work(tiny_cache, replace(tiny_config, objective=objective), tmp_path), tmp_path)
     assert last_state(tmp_path)["best"] > 150
+
+
+@pytest.mark.parametrize("ranking", ["hinge", "infonce", "siglip"])
+def test_heads_learn_in_free_euclidean_space(tiny_cache, tiny_config, tmp_path, ranking):
+    """Without the unit sphere, and with all that LESS adds; lengths stay free to the end."""
+    objective = replace(LESS, ranking=ranking, hinge=HingeConfig(margin=MarginConfig(form="A")))
+    model = replace(tiny_config.model, normalise=False)
+    work = make_work(tiny_cache, replace(tiny_config, model=model, objective=objective), tmp_path)
+    fit(work, tmp_path)
+    assert last_state(tmp_path)["best"] > 150
+    trained, _ = open_model(tmp_path / "model")
+    lengths = embed_split(trained, FeatureReader(work.inputs), "val").images.vector.norm(dim=1)
+    assert lengths.max() > 1.05 * lengths.min()
+
+
+def test_keys_come_from_a_network_that_follows_by_its_formula(tiny_cache, tiny_config, tmp_path):
+    """After each step theta_k becomes mu theta_k + (1 - mu) theta, beginning with theta after the first step."""
+    trainer = _Trainer(make_work(tiny_cache, method_config(tiny_config, "sede-vse"), tmp_path), torch.device("cpu"))
+    bank, place, momentum, expected = trainer.state.objective.bank, 0, None, {}
+    for draw, _ in zip(trainer.schedule.epoch(0), trainer.epoch(), strict=True):
+        places = (place + torch.arange(len(draw.captions))) % 30
+        place = int(bank.pointer)
+        if momentum is not None:  # as it was before this step
+            batch = trainer.reader.batch(draw)
+            image, text, _ = momentum(batch.image, batch.text, batch.owner)
+            torch.testing.assert_close(bank.image.vector[places], image.vector[batch.owner])
+            torch.testing.assert_close(bank.text.vector[places], text.vector)
+        weights = {name: value.detach().clone() for name, value in trainer.state.model.named_parameters()}
+        expected = {name: 0.9 * expected.get(name, value) + 0.1 * value for name, value in weights.items()}
+        momentum = copy.deepcopy(trainer.state.momentum.module).requires_grad_(requires_grad=False)
+        torch.testing.assert_close(dict(momentum.named_parameters()), expected, atol=1e-6, rtol=1e-5)
+    assert any((weights[name] - expected[name]).abs().max() > 1e-3 for name in weights)
 
 
 def test_learning_rate_rises_then_falls_to_zero(tiny_config):
