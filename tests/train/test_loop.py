@@ -258,7 +258,7 @@ def test_the_codebook_is_made_while_training(tiny_cache, tiny_config, tmp_path):
     objective = last_state(tmp_path)["objective"]
     assert objective["quantization.codebook.ready"]
     assert not len(objective["quantization.sample"])
-    assert work.log.read("train/codebook/perplexity")
+    assert min(work.log.read("train/codebook/perplexity").values()) > 3  # of 4 codewords
 
 
 def test_a_finished_run_is_not_trained_further(tiny_cache, tiny_config, tmp_path):
