@@ -9,7 +9,10 @@ class HubnessConfig:
     """Hubness correction, fitted on training data and reported beside the plain score."""
 
     queries: int = field(
-        default=5000, metadata={"help": "training images, and captions, that tell which items are hubs; 0: none"}
+        default=5000,
+        metadata={
+            "help": "training images, and captions, that tell which items are hubs (not for the host scan); 0: none"
+        },
     )
     strength: float = field(default=0.7, metadata={"help": "a, share of an item's hubness taken from its score"})
     sharpness: float = field(default=20.0, metadata={"help": "b, how much the nearest training queries decide"})

@@ -62,7 +62,7 @@ class Batch:
         text: features of the b captions.
         owner: (b,) int64, which of the g images each caption belongs to.
         image_ids: (b,) int64 image rows.
-        semantic: (b, S) unit sentence vectors, or S = 0.
+        semantic: (b, S) sentence vectors, or S = 0.
     """
 
     image: Features

@@ -85,6 +85,19 @@ def gather_erased(erased: Erased, sizes: Sequence[int]) -> Erased:
     )
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Give every worker rank 0's buffers: what each computes of the same batch may still differ in rounding.
+
+    On a GPU sums run in any order, and machines differ in their arithmetic.
+    """
+    if world()[1] == 1:
+        return
+    for buffer in module.buffers():
+        held = buffer.to(torch.uint8) if buffer.dtype == torch.bool else buffer
+        dist.broadcast(held, 0)
+        buffer.copy_(held)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average gradients that every worker computed from the same global batch, so that no rounding drifts apart."""
     _, workers = world()

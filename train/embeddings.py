@@ -78,7 +78,7 @@ class Pairs:
         image: B images.
         text: B captions.
         image_ids: (B,) int64; pairs with equal ids show the same image and are never negatives of each other.
-        semantic: (B, S) frozen unit sentence vectors of the captions, no gradient; S = 0 where no loss reads them.
+        semantic: (B, S) frozen sentence vectors of the captions, no gradient; S = 0 where no loss reads them.
         concepts: (B,) int64 concept of each image, for the center loss.
         labels: (B, V) uint8, which words the captions of each image use; V = 0 where no loss reads them.
         mixed_ids: (B,) int64 image that each pair is mixed with (mixup); `image_ids` where nothing is mixed.

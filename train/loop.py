@@ -24,7 +24,7 @@ from featurize.shards import Array
 from train.batches import Batch, FeatureReader, Inputs
 from train.checkpoints import Checkpoints
 from train.config import SettingsError, TrainConfig
-from train.distributed import average_gradients, gather_embeddings, gather_erased, gather_rows, world
+from train.distributed import average_gradients, gather_embeddings, gather_erased, gather_rows, share_buffers, world
 from train.embeddings import Embeddings, Pairs
 from train.hosts import Host, build_host
 from train.lexicon import BagOfLemmas
@@ -193,6 +193,7 @@ def train_worker(
 
     def save() -> None:
         state.seconds = time.monotonic() - begun
+        share_buffers(state.objective)  # so that every worker goes on from what is saved
         if trainer.rank == 0:
             checkpoints.save(state.save, state.step)
 

@@ -10,6 +10,7 @@ distance:
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.config import MarginConfig, SettingsError
@@ -48,7 +49,7 @@ class Margin(nn.Module):
         Args:
             distances: (B, B) squared distances, row i's pair on the diagonal.
             negatives: (B, B) bool.
-            semantic: (B, S) frozen unit vectors of the captions; read by forms B and C only.
+            semantic: (B, S) frozen vectors of the captions, of any length; read by forms B and C only.
 
         Returns:
             A scalar for `fixed` and A, (B, B) for B and C.
@@ -65,7 +66,7 @@ class Margin(nn.Module):
                 "give the batch a sentence column, or choose form fixed or A"
             )
         with torch.autocast(semantic.device.type, enabled=False):
-            vectors = semantic.to(distances.dtype)
+            vectors = F.normalize(semantic.to(distances.dtype), dim=1)
             return scale * (1.0 - vectors @ vectors.T)
 
     def _follow(self, distances: Tensor, negatives: Tensor) -> Tensor:

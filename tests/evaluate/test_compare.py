@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from evaluate.compare import rank_compared
 from evaluate.protocols import evaluate_full, evaluate_host, rank_vectors
@@ -52,21 +53,65 @@ def test_distances_that_are_not_numbers_are_refused():
         )
 
 
-def test_a_host_is_measured_by_its_parts():
+def comparing():
+    """A host that compares parts."""
     tower = TowerConfig(vectors=(), parts=("x",))
-    model = build_host(ModelConfig(host="scan", dim=8, image=tower, text=tower), Dims(0, (6,)), Dims(0, (6,)))
+    return build_host(ModelConfig(host="scan", dim=8, image=tower, text=tower), Dims(0, (6,)), Dims(0, (6,)))
+
+
+def parts(images, captions):
+    """Embeddings of images with three parts and of captions with four, of 8 dimensions each."""
     generator = torch.Generator().manual_seed(0)
-    mask = torch.ones(5, 3, dtype=torch.bool), torch.ones(len(OWNER), 4, dtype=torch.bool)
-    parts = (torch.randn(*m.shape, 8, generator=generator) for m in mask)
-    images, captions = (
-        Embeddings(torch.empty(len(m), 0), torch.empty(len(m), 0), torch.nn.functional.normalize(p, dim=2), m)
-        for p, m in zip(parts, mask, strict=True)
-    )
+    for rows, count in ((images, 3), (captions, 4)):
+        unit = torch.nn.functional.normalize(torch.randn(rows, count, 8, generator=generator), dim=2)
+        none = torch.empty(rows, 0)
+        yield Embeddings(none, none, unit, torch.ones(rows, count, dtype=torch.bool))
+
+
+def test_a_host_is_measured_by_its_parts():
+    model = comparing()
+    images, captions = parts(5, len(OWNER))
     report = evaluate_host(model, images, captions, OWNER, split="val", protocol="full", tile=2)
     distances = model.distances(images, captions)
     by_hand = [1 + int((row < row[owner]).sum()) for row, owner in zip(distances.T, OWNER, strict=True)]
     assert report.t2i.r1 == pytest.approx(100 * sum(rank == 1 for rank in by_hand) / len(OWNER))
     assert report.t2i.meanr == pytest.approx(sum(by_hand) / len(OWNER))
+
+
+class Largest(TorchFunctionMode):
+    """Remembers the most elements that any tensor had."""
+
+    elements = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_memory_does_not_grow_with_images_times_captions():
+    model, owner = comparing(), torch.arange(300) % 150
+    images, captions = parts(150, 300)
+    with Largest() as largest:
+        evaluate_host(model, images, captions, owner, split="val", protocol="full", tile=16)
+    # The captions' own numbers; a tile compares 16 · 3 · 16 · 4, all pairs at once would be 150 · 3 · 300 · 4.
+    assert largest.elements <= 300 * 4 * 8
+
+
+def test_no_more_than_128_rows_are_compared_at_once_whatever_the_tile():
+    model, owner, sizes = comparing(), torch.arange(300) % 150, []
+    images, captions = parts(150, 300)
+    distances = model.distances
+
+    def counted(one, other):
+        sizes.append((len(one), len(other)))
+        return distances(one, other)
+
+    model.distances = counted
+    evaluate_host(model, images, captions, owner, split="val", protocol="full", tile=4096)
+    assert max(sizes) == (128, 128)
+    assert max(count for _, count in sizes) == 128
 
 
 def test_a_host_is_measured_by_its_vectors():

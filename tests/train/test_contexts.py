@@ -47,6 +47,23 @@ def test_a_row_without_parts_gives_zeros_and_finite_gradients(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("collapsed", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_are_finite_and_reach_parts_and_parameters(name, collapsed, bf16):
+    context, parts = made(name), torch.ones(2, 4, 8) if collapsed else torch.randn(2, 4, 8)
+    parts.requires_grad_()
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        found = context(parts.bfloat16() if bf16 else parts, mask)
+    (found.float() * torch.randn(2, 4, 8)).sum().backward()
+    assert parts.grad.isfinite().all()
+    assert parts.grad[mask].count_nonzero() > 0
+    for parameter in context.parameters():
+        assert parameter.grad.isfinite().all()
+        assert collapsed or parameter.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_parts_see_each_other(name):
     context, parts = made(name), torch.randn(1, 4, 8)
     mask = torch.ones(1, 4, dtype=torch.bool)

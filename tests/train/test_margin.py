@@ -59,6 +59,13 @@ def test_form_b_by_hand():
     assert margin.state_dict() == {}
 
 
+@pytest.mark.parametrize("form", ["B", "C"])
+def test_captions_are_compared_by_their_directions(form):
+    """What others extracted may have any length."""
+    margins = [Margin(MarginConfig(form=form))(distances(1.0), NEGATIVES, s) for s in (SEMANTIC, 7 * SEMANTIC)]
+    torch.testing.assert_close(margins[1], margins[0])
+
+
 def test_form_c_is_form_a_shaped_by_the_captions():
     config = MarginConfig(form="C", weight=0.5, decay=0.0)
     found = Margin(config)(distances(1.2), NEGATIVES, SEMANTIC)

@@ -44,7 +44,7 @@ class CrossAttentionHost(Host):
         text: widths of the caption features; parts only.
 
     Raises:
-        SettingsError: a tower without parts, or with something else.
+        SettingsError: a tower without parts, or with something else; settings that only vectors have.
     """
 
     indexable = False
@@ -57,6 +57,12 @@ class CrossAttentionHost(Host):
                     f"host scan compares parts and nothing else: set model.{name}.parts (grid or cells of images, "
                     f"tokens of captions) and empty model.{name}.vectors and model.{name}.bags"
                 )
+        if config.blocks != 1 or config.shared_codebook or not config.normalise:
+            raise SettingsError(
+                f"host scan compares unit parts and pools none: found model.blocks {config.blocks}, "
+                f"model.shared_codebook {config.shared_codebook} and model.normalise {config.normalise}; expected 1, "
+                "False and True"
+            )
         if config.local.dim:
             raise SettingsError("host scan has no single vector to join a local space to; set model.local.dim 0")
         if config.scan.attention <= 0 or config.scan.sharpness <= 0 or config.scan.words < 1:

@@ -32,7 +32,8 @@ class DualEncoder(Host):
         text: widths of the caption features.
 
     Raises:
-        SettingsError: a local space without parts or without unit embeddings.
+        SettingsError: a local space without parts or without unit embeddings; a shared codebook without two towers that
+            have centres.
     """
 
     indexable = True
@@ -40,7 +41,16 @@ class DualEncoder(Host):
 
     def __init__(self, config: ModelConfig, image: Dims, text: Dims) -> None:
         super().__init__(config)
-        codebook = PartCodebook(config.image.clusters, config.dim) if config.shared_codebook else None
+        codebook = None
+        if config.shared_codebook:
+            for name, tower, dims in (("image", config.image, image), ("text", config.text, text)):
+                if not dims.parts or tower.aggregator != "netvlad" or tower.clusters != config.image.clusters:
+                    raise SettingsError(
+                        f"a shared codebook holds the netvlad centres of both towers, and model.{name} has aggregator "
+                        f"{tower.aggregator!r}, {tower.clusters} clusters and {len(dims.parts)} part columns: set its "
+                        "parts, aggregator netvlad and the same clusters for both, or model.shared_codebook false"
+                    )
+            codebook = PartCodebook(config.image.clusters, config.dim)
         self.image = Tower(config.image, config.dim, image, codebook, blocks=config.blocks)
         self.text = Tower(config.text, config.dim, text, codebook, blocks=config.blocks)
         self.image_local: ConceptQueries | None = None
@@ -134,8 +144,8 @@ class DualEncoder(Host):
         samples: dict[NetVLAD, Tensor] = {}
         for tower, features in ((self.image, image), (self.text, text)):
             if isinstance(tower.aggregator, NetVLAD):
-                parts, mask = tower.project_parts(features)
-                samples[tower.aggregator] = parts[mask]
+                encoded = tower.encode(features, None)
+                samples[tower.aggregator] = encoded.parts[encoded.mask]
         if self.config.shared_codebook:
             next(iter(samples)).initialise(torch.cat(list(samples.values())))
         else:

@@ -4,8 +4,9 @@ With r the idf-weighted Jaccard similarity of the images' words, and l the unit 
 
     L = ½ Σ over both directions of mean_i KL(softmax_j(r_ij / τ') ‖ softmax_j(l_i·l_j / τ)) + labels_weight · L_words
 
-Pairs of one image have the same words, so they count as what they are: r = 1. L_words is the binary
-cross-entropy of telling each word from l by one linear layer that both modalities share, averaged over words.
+Pairs of one image have the same words, so they count as what they are: r = 1, also where there is no word. L_words is
+the binary cross-entropy of telling each word from l by one linear layer that both modalities share, averaged over
+words.
 """
 
 import math
@@ -65,13 +66,16 @@ class LocalLoss(nn.Module):
         """
         self.idf.copy_(idf)
 
-    def forward(self, image: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, image: Tensor, text: Tensor, labels: Tensor, image_ids: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss; see the file's docstring.
 
         Args:
             image: (B, L) unit local embeddings.
             text: (B, L) the same of the captions.
             labels: (B, V) uint8, 1 where the captions of a pair's image use a word.
+            image_ids: (B,) int64.
 
         Returns:
             A scalar, at least 0, and its parts before their weights: `similarity` and, where it is built, `words`;
@@ -79,7 +83,9 @@ class LocalLoss(nn.Module):
         """
         with torch.autocast(image.device.type, enabled=False):
             image, text = image.float(), text.float()
-            target = (jaccard(labels, self.idf) / self.config.tau_labels).log_softmax(1)  # (B, B)
+            wordless = (image_ids[:, None] == image_ids) & (labels == 0).all(1)  # (B, B) of one image
+            similar = jaccard(labels, self.idf).masked_fill(wordless, 1.0)
+            target = (similar / self.config.tau_labels).log_softmax(1)  # (B, B)
             logits = image @ text.T / self.config.tau  # (B, B)
             similarity = 0.5 * (_divergence(target, logits) + _divergence(target, logits.T))
             if self.words is None:

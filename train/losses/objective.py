@@ -96,7 +96,7 @@ class Objective(nn.Module):
         if self.center is not None:
             terms["center"] = self.center(image.vector, text.vector, pairs.concepts)
         if self.local is not None:
-            terms["local"], parts = self.local(image.local, text.local, pairs.labels)
+            terms["local"], parts = self.local(image.local, text.local, pairs.labels, pairs.image_ids)
             logs |= _named("local", parts)
         found: Quantized | None = None
         if self.quantization is not None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import train.hosts.scan as scan_module
 from train.batches import Features
@@ -105,6 +106,29 @@ def test_what_a_block_needs_is_computed_again_and_not_kept(monkeypatch):
     assert max(kept(compared // 10)) < compared / 10
 
 
+class Largest(TorchFunctionMode):
+    """Remembers the most elements that any tensor had."""
+
+    elements = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+def test_no_more_is_compared_at_once_than_a_block_holds(direction, monkeypatch):
+    model = build_host(replace(CONFIG, scan=replace(CONFIG.scan, direction=direction)), PARTS, PARTS)
+    images, texts = model.embed_images(features(8, 9)), model.embed_texts(features(40, 5))
+    monkeypatch.setattr(scan_module, "_BLOCK", 3000)
+    with Largest() as largest:
+        model.distances(images, texts)
+    assert 8 * 9 * 5 * 5 < largest.elements <= 3000  # of 8 · 9 · 40 · 5
+
+
 def test_captions_are_cut_and_padded_to_one_width():
     model = build_host(CONFIG, PARTS, PARTS)
     short, long = features(2, 3), features(2, 9)
@@ -171,6 +195,9 @@ def test_erasing_runs_with_words_beyond_the_cut():
         ({}, (Dims(4, (6,)), PARTS), "host scan compares parts and nothing else: set model.image.parts"),
         ({}, (PARTS, Dims(0, (6,), (9,))), "empty model.text.vectors and model.text.bags"),
         ({"local": LocalConfig(dim=4)}, (PARTS, PARTS), "no single vector to join a local space to"),
+        ({"blocks": 2}, (PARTS, PARTS), r"found model\.blocks 2, .*; expected 1, False and True"),
+        ({"shared_codebook": True}, (PARTS, PARTS), r"pools none: found .* model\.shared_codebook True"),
+        ({"normalise": False}, (PARTS, PARTS), r"compares unit parts .* model\.normalise False"),
         ({"scan": ScanConfig(words=0)}, (PARTS, PARTS), "words 0; expected all above 0"),
     ],
 )

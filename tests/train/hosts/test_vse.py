@@ -10,6 +10,7 @@ from train.config import LocalConfig, ModelConfig, SettingsError, TowerConfig
 from train.embeddings import Embeddings
 from train.hosts import DualEncoder, build_host
 from train.local import combine
+from train.quantize import kmeans
 from train.towers import Dims
 
 VECTORS = Dims(8)
@@ -42,16 +43,43 @@ def test_one_codebook_serves_both_towers():
     tower = replace(TOWER, aggregator="netvlad", clusters=3)
     model = DualEncoder(ModelConfig(dim=12, shared_codebook=True, image=tower, text=tower), PARTS, PARTS)
     assert model.image.aggregator.codebook is model.text.aggregator.codebook
-    before = model.image.aggregator.codebook.centres.clone()
-    model.fit_inputs(grid(20), grid(20))
-    assert (model.image.aggregator.codebook.centres != before).any()
+    images, texts = grid(20), grid(20)
+    model.fit_inputs(images, texts)
+    parts = [seen(model.image, images), seen(model.text, texts)]
+    torch.testing.assert_close(model.image.aggregator.codebook.centres, kmeans(torch.cat(parts), 3))
 
 
-def test_a_codebook_each():
-    tower = replace(TOWER, aggregator="netvlad", clusters=3)
+@pytest.mark.parametrize("context", ["none", "bigru", "transformer", "graph"])
+def test_a_codebook_each_placed_among_the_parts_that_it_will_see(context):
+    tower = replace(TOWER, aggregator="netvlad", clusters=3, context=context)
     model = DualEncoder(ModelConfig(dim=12, image=tower, text=tower), PARTS, PARTS)
     assert model.image.aggregator.codebook is not model.text.aggregator.codebook
-    model.fit_inputs(grid(20), grid(20))
+    images, texts = grid(20), grid(20)
+    model.fit_inputs(images, texts)
+    for one, features in ((model.image, images), (model.text, texts)):
+        torch.testing.assert_close(one.aggregator.codebook.centres, kmeans(seen(one, features), 3))
+
+
+@torch.no_grad()
+def seen(tower, features):
+    """Every real part that the tower's aggregator sees of these features."""
+    encoded = tower.encode(features, None)
+    return encoded.parts[encoded.mask]
+
+
+@pytest.mark.parametrize(
+    ("changes", "dims", "message"),
+    [
+        ({}, (VECTORS, VECTORS), r"model\.image has aggregator 'netvlad', 3 clusters and 0 part columns"),
+        ({"text": replace(TOWER, aggregator="gpo")}, (PARTS, PARTS), r"model\.text has aggregator 'gpo'"),
+        ({"text": replace(TOWER, aggregator="netvlad", clusters=5)}, (PARTS, PARTS), r"model\.text .* 5 clusters"),
+    ],
+)
+def test_a_shared_codebook_needs_two_towers_that_have_centres(changes, dims, message):
+    tower = replace(TOWER, aggregator="netvlad", clusters=3)
+    config = ModelConfig(**{"dim": 12, "shared_codebook": True, "image": tower, "text": tower, **changes})
+    with pytest.raises(SettingsError, match=message):
+        DualEncoder(config, *dims)
 
 
 def test_the_mean_of_views_is_a_unit_vector():

@@ -78,6 +78,22 @@ def test_entropy_by_hand():
     assert entropy(soft).item() == pytest.approx(0.5)
 
 
+def test_reward_for_usage_spreads_embeddings_that_share_a_cell():
+    """Two codewords, fixed; all embeddings begin in the first one's cell."""
+    config = replace(CONFIG, subspaces=1, codewords=2, commitment=0.0, agreement=0.0, tau_start=1.0, tau_end=1.0)
+    loss = QuantizationLoss(config, 1).eval()
+    loss.codebook.codewords = torch.tensor([[[-1.0], [1.0]]])
+    loss.codebook.ready.fill_(1)
+    z = torch.linspace(-1.3, -0.7, 8)[:, None].requires_grad_()
+    found = []
+    for _ in range(200):
+        found.append(loss(z[:4], z[4:], 1.0))
+        (slope,) = torch.autograd.grad(found[-1].loss, z)
+        z = (z - 5 * slope).detach().requires_grad_()
+    assert found[0].perplexity == 1
+    assert found[-1].perplexity > 1.8
+
+
 def test_agreement_by_hand():
     soft = torch.tensor([[[0.5, 0.5], [0.75, 0.25]]])  # one pair, one sub-space
     expected = -0.5 * (0.5 * math.log(0.75) + 0.5 * math.log(0.25) + 0.75 * math.log(0.5) + 0.25 * math.log(0.5))
