@@ -10,8 +10,8 @@ d² = 2 - 2 s, as for unit vectors.
 
 Attended vectors are never built: e_l·a_l = Σ_k α_kl s_kl and ‖a_l‖² = α_lᵀ G α_l with G = V Vᵀ, so N images against M
 captions need one matrix product and a few passes over (N, K, M, L) numbers instead of (N, M, L, D). These passes go
-over blocks of captions of about equal length, which fit into a processor's cache and hold little padding; while
-training each block is computed a second time instead of kept, so memory does not grow with N·K·M·L.
+over blocks of captions of about equal length, which hold little padding; while training the blocks of large batches
+are computed a second time instead of kept, so memory does not grow with N·K·M·L.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,11 @@ from train.embeddings import Embeddings
 from train.hosts.host import Host
 from train.towers import Dims, Encoded, Tower
 
-_BLOCK = 2**19
-"""Numbers (N, K, M, L) that are compared at once: what fits into a processor's cache."""
+_BLOCK = 2**21
+"""Numbers (N, K, M, L) that are compared at once: more are no faster, and fewer waste time on many small passes."""
+
+_KEPT = 2**22
+"""Numbers (N, K, M, L) whose passes are kept for the backward pass, some 200 MB; of more they are computed again."""
 
 _TINY = 1e-8
 _FLOOR = 0.05
@@ -90,12 +93,13 @@ class CrossAttentionHost(Host):
     def similarity(self, image: Embeddings, text: Embeddings) -> Tensor:
         """The score s (N, M): text to image, image to text, or the mean of both, as `scan.direction` says."""
         order = text.mask.sum(1).argsort()  # (M,)
-        room = _BLOCK if image.parts.device.type == "cpu" else 64 * _BLOCK  # a GPU wants fewer and larger ones
-        captions = max(1, room // max(1, image.mask.numel() * text.mask.shape[1]))
+        room = _BLOCK if image.parts.device.type == "cpu" else 16 * _BLOCK  # a GPU wants fewer and larger ones
+        each = max(1, image.mask.numel() * text.mask.shape[1])  # numbers of one caption
+        learns = torch.is_grad_enabled() and (image.parts.requires_grad or text.parts.requires_grad)
+        recompute = learns and each * len(order) > _KEPT
         found = []
-        for rows in torch.split(order, captions):
+        for rows in torch.split(order, max(1, room // each)):
             block = image.parts, image.mask, *_trimmed(text.parts[rows], text.mask[rows])
-            recompute = torch.is_grad_enabled() and (image.parts.requires_grad or text.parts.requires_grad)
             found.append(checkpoint(self._compare, *block, use_reentrant=False) if recompute else self._compare(*block))
         return torch.cat(found, 1)[:, order.argsort()]
 

@@ -1,5 +1,6 @@
 """The cross-attending host against SCAN's equations written as loops."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -77,16 +78,17 @@ def test_blocks_of_captions_change_neither_distances_nor_gradients(direction, mo
     gaps[0, 1] = gaps[4, 0] = gaps[6, :4] = False  # as after erasing
     batch = features(3, 4), replace(texts, masks=(gaps,))
 
-    def compared(numbers):
+    def compared(numbers, kept):
         monkeypatch.setattr(scan_module, "_BLOCK", numbers)
+        monkeypatch.setattr(scan_module, "_KEPT", kept)
         model.zero_grad()
         found = model.distances(model.embed_images(batch[0]), model.embed_texts(batch[1]))
         (found * torch.arange(1.0, 22.0).view(3, 7)).sum().backward()
         return found.detach(), [p.grad.clone() for p in model.parameters()]
 
-    whole, expected = compared(10**9)
-    for numbers in (1, 2 * 3 * 4 * 5):  # one caption, two captions
-        found, gradients = compared(numbers)
+    whole, expected = compared(10**9, 10**9)
+    for numbers, kept in itertools.product((1, 2 * 3 * 4 * 5), (0, 10**9)):  # one caption, two captions
+        found, gradients = compared(numbers, kept)
         torch.testing.assert_close(found, whole)
         torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
 
@@ -96,14 +98,16 @@ def test_what_a_block_needs_is_computed_again_and_not_kept(monkeypatch):
     images, texts = model.embed_images(features(8, 9)), model.embed_texts(features(40, 5))
 
     def kept(numbers):
-        monkeypatch.setattr(scan_module, "_BLOCK", numbers)
+        monkeypatch.setattr(scan_module, "_BLOCK", compared // 10)
+        monkeypatch.setattr(scan_module, "_KEPT", numbers)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             model.distances(images, texts)
         return sizes
 
     compared = 8 * 9 * 40 * 5
-    assert max(kept(compared // 10)) < compared / 10
+    assert max(kept(compared - 1)) < compared / 10
+    assert sum(kept(compared)) > compared
 
 
 class Largest(TorchFunctionMode):
