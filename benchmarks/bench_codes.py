@@ -1,17 +1,19 @@
 """What codes keep of the rSum: those of runs trained for them against FAISS PQ and OPQ and PCA-dealt PQ, fitted later.
 
-    python benchmarks/bench_codes.py RUN [CODED_RUN ...] --split val
+    python benchmarks/bench_codes.py RUN [RUN ...] --coded CODED_RUN [CODED_RUN ...] --split val
 
-RUN was trained without codes: its own rSum and that of every quantizer fitted to its training embeddings at 16, 32 and
-64 bytes. Each CODED_RUN was trained with `objective.quantization`: its row is `fit_codebook` at its own bytes. Queries
-stay float, items are codes, both directions. Fitted quantizers see what `fit_codebook` sees; k-means differs by some 2
-rSum between seeds, so the mean of `--seeds` is shown. OPQ takes minutes on one core.
+Each RUN was trained without codes: its own rSum and that of every quantizer fitted to its training embeddings at 16, 32
+and 64 bytes. Each CODED_RUN was trained with `objective.quantization`: `fit_codebook` at its own bytes. Queries stay
+float, items are codes, both directions. Shown are means over the runs, their share of the float score of those without
+codes, and the lowest and highest. Fitted quantizers see what `fit_codebook` sees; k-means differs by some 2 rSum
+between seeds, so each is fitted with `--seeds` of them. OPQ takes minutes on one core.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -28,6 +30,7 @@ from train.models import open_model
 from train.quantize import ProductCodebook, dealt_axes
 
 BYTES = (16, 32, 64)
+FLOAT = "float"
 Rotation = Callable[[Tensor, int], Tensor]
 """(sample (N, E), sub-spaces) -> (E, E)."""
 
@@ -75,31 +78,38 @@ def vectors(run: Path, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run without codes")
-    parser.add_argument("coded", type=Path, nargs="*", help="folders of runs with codes")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs without codes, which differ by their seed")
+    parser.add_argument("--coded", type=Path, nargs="*", default=[], help="folders of runs with codes")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of k-means, for each run")
     arguments = parser.parse_args()
 
-    images, captions, asked, answers, owner = vectors(arguments.run, arguments.split)
-    whole = evaluate_full(asked, answers, owner, split=arguments.split).rsum
+    found: dict[tuple[int, str], list[float]] = {}
 
-    def tell(name: str, size: int, rsum: float) -> None:
-        print(f"{name:16}{size:5} bytes{rsum:8.1f} rSum{100 * rsum / whole:7.1f} %", flush=True)
+    def note(size: int, name: str, rsum: float) -> None:
+        found.setdefault((size, name), []).append(rsum)
 
-    tell("float", 4 * images.shape[1], whole)
-    sample = fitting_sample(images, captions)
-    for size in BYTES:
-        for name, rotation in FITTED.items():
-            axes = rotation(sample, size)
-            books = [fitted(sample, axes, size, 1 + seed) for seed in range(arguments.seeds)]
-            rsums = [evaluate_codes(book, asked, answers, owner, split=arguments.split).rsum for book in books]
-            tell(name, size, sum(rsums) / len(rsums))
+    for run in arguments.runs:
+        images, captions, asked, answers, owner = vectors(run, arguments.split)
+        note(4 * images.shape[1], FLOAT, evaluate_full(asked, answers, owner, split=arguments.split).rsum)
+        sample = fitting_sample(images, captions)
+        for size in BYTES:
+            for name, rotation in FITTED.items():
+                axes = rotation(sample, size)
+                for seed in range(arguments.seeds):
+                    book = fitted(sample, axes, size, 1 + seed)
+                    note(size, name, evaluate_codes(book, asked, answers, owner, split=arguments.split).rsum)
     for run in arguments.coded:
         config = merge(RunConfig(), load_yaml(run / "config.yaml"), str(run)).train.objective.quantization
         images, captions, asked, answers, owner = vectors(run, arguments.split)
         book = fit_codebook(config, images, captions)
-        tell(run.name, config.subspaces, evaluate_codes(book, asked, answers, owner, split=arguments.split).rsum)
+        rsum = evaluate_codes(book, asked, answers, owner, split=arguments.split).rsum
+        note(config.subspaces, "learned jointly", rsum)
+
+    whole = next(mean(rsums) for (_, name), rsums in found.items() if name == FLOAT)
+    for (size, name), rsums in sorted(found.items(), key=lambda item: item[0][0]):
+        shares = f"{100 * mean(rsums) / whole:7.1f} %   ({min(rsums):.1f} to {max(rsums):.1f})"
+        print(f"{size:5} bytes  {name:16}{mean(rsums):8.1f} rSum{shares}")
 
 
 if __name__ == "__main__":
