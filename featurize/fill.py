@@ -232,7 +232,7 @@ def _finish(dataset: Dataset, column: PlannedColumn) -> None:
 def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
     """The finished columns, if not too much of them is missing; writes what is into the quarantine, and sums it up."""
     manifests = [manifest for column in columns if (manifest := read_manifest(column.folder)) is not None]
-    everything = [manifest for folder in column_folders(dataset.folder) if (manifest := read_manifest(folder))]
+    everything = [manifest for folder in column_folders(dataset.folder) if (manifest := _if_readable(folder))]
     write_quarantine(dataset.folder, [*dataset.quarantine, *left_out(dataset, everything)])
     undescribed = {problem.image_id: problem for problem in left_out(dataset, manifests)}
     problems = [*dataset.quarantine, *undescribed.values()]
@@ -241,6 +241,14 @@ def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[Planne
     lost = lost_images(dataset)
     check_quarantine(problems, len(undescribed) + lost, len(dataset.samples) + lost, config.max_quarantined)
     return manifests
+
+
+def _if_readable(folder: Place) -> Manifest | None:
+    """A finished column's manifest; a damaged one is the business of those who want that column."""
+    try:
+        return read_manifest(folder)
+    except CacheError:
+        return None
 
 
 def left_out(dataset: Dataset, manifests: Iterable[Manifest]) -> list[Quarantined]:

@@ -15,8 +15,9 @@ class Quarantined:
 
     Attributes:
         image_id: whose it is.
-        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in
-            the imported file).
+        stage: "source" (the data contradicts itself: an id that is taken, a tar's sample without an image), "read" (no
+            bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in the imported
+            file).
         reason: what was found.
         sha256: of the image bytes, where there were any.
         columns: that lack it; none where the data set itself does.
@@ -30,13 +31,19 @@ class Quarantined:
 
 
 def read_quarantine(folder: Place) -> list[Quarantined]:
-    """What a data set lacks, as it was last written; nothing where it never was."""
+    """What a data set lacks, as it was last written; nothing where it never was.
+
+    Raises:
+        CacheError: the list is damaged.
+    """
+    path = folder / "quarantine.jsonl"
     try:
-        lines = read(folder / "quarantine.jsonl").decode().splitlines()
+        plain: Iterable[Mapping[str, Any]] = map(json.loads, read(path).decode().splitlines())
+        return [Quarantined(**{**line, "columns": tuple(line["columns"])}) for line in plain]
     except FileNotFoundError:
         return []
-    plain: Iterable[Mapping[str, Any]] = map(json.loads, lines)
-    return [Quarantined(**{**line, "columns": tuple(line["columns"])}) for line in plain]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CacheError(f"{path}: damaged ({error}); run `featurize` again, which writes it anew") from error
 
 
 def write_quarantine(folder: Place, problems: Iterable[Quarantined]) -> None:

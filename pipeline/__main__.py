@@ -294,7 +294,11 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
     )
     if not list_keys:
         parser.epilog = f"`--key value` changes a setting; `{PROGRAM} run --help` lists them all."
-    short = {"data.dataset": "--dataset", "data.root": "--root"}
+    short = {
+        "data.dataset": "--dataset",
+        "data.root": "--root",
+        "featurize.max_quarantined": "--max-quarantined",
+    }
     groups: dict[str, Any] = {}
     for key in keys(RunConfig()):
         if key.section not in groups:
@@ -307,6 +311,14 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
             metavar=key.type,
             help=text if list_keys else argparse.SUPPRESS,
         )
+    parser.add_argument(
+        "--retry-quarantined",
+        dest="featurize.retry_quarantined",
+        default=argparse.SUPPRESS,
+        action="store_const",
+        const="true",
+        help="describe images again that could not be described before; the same as --featurize.retry_quarantined true",
+    )
 
 
 def _add_run(parser: _Parser) -> None:

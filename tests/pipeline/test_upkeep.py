@@ -58,6 +58,19 @@ def test_ls_shows_what_is_there_and_who_used_it(cache, tmp_path, capsys):
     assert "unfinished" in words["later.pooled@00000000"]
 
 
+def test_ls_shows_what_is_damaged(cache, capsys):
+    (column(cache, "minilm.sentence") / "manifest.json").write_text("{")
+    assert type_in("cache", "ls", cache) == 0
+    out = capsys.readouterr().out
+    assert " damaged " in next(line for line in out.splitlines() if "minilm.sentence@" in line)
+    assert "50 rows" in next(line for line in out.splitlines() if "lexicon-en.lemmas@" in line)
+    (dataset_folder(cache) / "samples.parquet").unlink()
+    assert type_in("cache", "ls", cache) == 0
+    assert "  damaged: `python -m pipeline cache verify` tells more\n" in capsys.readouterr().out
+    assert type_in("cache", "verify", cache) == 1
+    assert "samples.parquet: not a readable index" in capsys.readouterr().out
+
+
 def test_verify_and_repair(cache, capsys):
     assert type_in("cache", "verify", cache) == 0
     assert "every shard is as its manifest says" in capsys.readouterr().out
