@@ -215,7 +215,7 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
         threads: readers at a time.
 
     Raises:
-        CacheError: more than `max_quarantined` of the images were left out.
+        CacheError: more than `max_quarantined` of the images were left out; the index and their list are written.
     """
     known = _known_hashes(cache, name)
 
@@ -254,7 +254,6 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
                 kept.append(replace(sample, captions=captions))
                 digests.append(sha256)
                 stamps.append(stamp)
-    check_quarantine(problems, len(everything) - len(kept), len(everything), max_quarantined)
     dataset_id = content_id(kept, digests)
     folder = cache / f"{name}@{dataset_id[:8]}"
     make_folder(folder)
@@ -274,6 +273,7 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
     with suppress(CacheError):  # a damaged list is written anew, and that of the columns when they are finished
         of_columns = [problem for problem in read_quarantine(folder) if problem.columns]
     write_quarantine(folder, [*problems, *of_columns])
+    check_quarantine(folder, problems, len(everything) - len(kept), len(everything), max_quarantined)
     return dataset
 
 

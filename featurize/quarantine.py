@@ -52,15 +52,23 @@ def write_quarantine(folder: Place, problems: Iterable[Quarantined]) -> None:
     publish(folder / "quarantine.jsonl", text.encode())
 
 
-def check_quarantine(problems: Iterable[Quarantined], lost: int, total: int, limit: float) -> None:
+def check_quarantine(folder: Place, problems: Iterable[Quarantined], lost: int, total: int, limit: float) -> None:
     """End the job when too many images fail.
 
+    Args:
+        folder: of the data set, where the whole list is.
+        problems: all that could not be used.
+        lost: images that cannot be used.
+        total: images that there are.
+        limit: share of them that may be lost.
+
     Raises:
-        CacheError: more than `limit` of `total` images are `lost`; the message shows the first reasons.
+        CacheError: more are; the message shows the first reasons.
     """
     if total and lost / total > limit:
         first = "".join(f"\n  {p.image_id}: {p.stage}: {p.reason}" for p in list(problems)[:5])
         raise CacheError(
             f"{lost} of {total} images cannot be used, more than the {limit:.0%} that "
-            f"--featurize.max_quarantined allows. The first reasons:{first}"
+            f"--featurize.max_quarantined allows; all are listed in {folder / 'quarantine.jsonl'}. "
+            f"The first reasons:{first}"
         )

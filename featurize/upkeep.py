@@ -164,7 +164,7 @@ def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfi
                 require_unchanged(dataset.samples[images], dataset.digests[images])
         manifest.reopen(folder, sound=set(range(len(manifest.shards))) - numbers)
         columns.append(column)
-    fill(dataset, config, columns)
+    fill(dataset, config, columns, thorough=True)  # what is broken here may be broken where it came from
     return list(broken)
 
 
