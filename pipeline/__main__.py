@@ -6,6 +6,7 @@ traceback; anything unexpected keeps its traceback.
 """
 
 import argparse
+import errno
 import shlex
 import sys
 import textwrap
@@ -531,6 +532,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nstopped; {str(stop) or 'the same command starts again'}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "what is finished stays: free some space (`cache gc` may help) and run the same command again"
+        print(f"error: no room on the disk ({error}); {advice}", file=sys.stderr)
+        return 2
     except _user_errors() as error:
         # Ray hands on a task's error as a copy whose text is a traceback; its cause is the error itself.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)

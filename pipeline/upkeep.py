@@ -8,7 +8,7 @@ from featurize import upkeep
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
 from featurize.index import open_dataset
-from featurize.manifest import CacheError, read_manifest
+from featurize.manifest import CacheError, differences, environment, read_manifest
 from featurize.places import Place, place, require_answer
 from featurize.verify import Problem, drift, verify
 from pipeline.config import RayConfig
@@ -95,11 +95,13 @@ def _drifting(folder: Place, images: int) -> Iterator[Problem]:
             yield Problem(path, str(error))
             continue
         print(drifted)
+        for line in differences(manifest.environment, environment()):
+            print(f"  {line} here")
         if drifted.cosine < DRIFT:
             yield Problem(
                 path,
                 f"{path}: this machine describes rows otherwise (cosine {drifted.cosine:.4f}, expected {DRIFT} or "
-                "more); compare the environment in its manifest with this one, and mix what they say in no run",
+                "more), for other libraries or another processor; mix what they say in no run",
             )
 
 

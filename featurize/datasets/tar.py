@@ -110,8 +110,8 @@ def _add(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: s
         return
     try:
         meta = json.load(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"json: not valid JSON ({error.msg} at line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and lists of lists of lists
+        raise DataError(f"json: not valid JSON ({error})") from error
     if not isinstance(meta, dict):
         raise DataError(f"json: expected a JSON object, found {type(meta).__name__}")
     group.meta = meta

@@ -1,10 +1,12 @@
 """The `cache` commands on a real cache, as they are typed."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from featurize.index import open_dataset
+from featurize.manifest import read_manifest
 from featurize.upkeep import note_use
 from pipeline.__main__ import main
 
@@ -106,6 +108,17 @@ def test_verify_describes_rows_again(cache, capsys):
         (line,) = [line for line in out.splitlines() if line.startswith(str(column(cache, name)))]
         assert f": {rows} rows again, largest difference " in line
         assert float(line.rpartition(" ")[2]) > 0.9999
+
+
+def test_other_libraries_are_named_beside_the_drift(cache, capsys):
+    folder = column(cache, "minilm.sentence")
+    manifest = read_manifest(folder)
+    replace(manifest, environment={**manifest.environment, "torch": "0.1"}).write(folder)
+    assert type_in("cache", "verify", cache, "--reextract", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith(str(folder)))
+    assert lines[place + 1] == f"  torch: 0.1, {manifest.environment['torch']} here"
+    assert sum(" here" in line for line in lines) == 1
 
 
 def test_drift_is_a_problem(cache, capsys, monkeypatch):

@@ -173,7 +173,9 @@ def test_two_images_in_a_sample(tmp_path):
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        (b"{", "json: not valid JSON (Expecting property name enclosed in double quotes at line 1)"),
+        (b"{", "json: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+        (b"[" * 100_000, "json: not valid JSON (maximum recursion depth exceeded"),
+        (b"9" * 5000, "json: not valid JSON (Exceeds the limit"),
         (b"[1]", "json: expected a JSON object, found list"),
         (b'{"captions": "one"}', "json: 'captions' is 'one', expected list"),
         (b'{"captions": ["one", null]}', "json: a caption is None, expected text"),
@@ -184,7 +186,9 @@ def test_two_images_in_a_sample(tmp_path):
 )
 def test_json_of_another_form_costs_its_sample(tmp_path, meta, message):
     path = write(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.json", meta), ("b.jpg", b"2"), ("b.txt", b"two")])
-    assert problems(path) == [("a", message)]
+    ((image_id, text),) = problems(path)
+    assert image_id == "a"
+    assert text.startswith(message)
     assert [(s.image_id, s.captions, s.read()) for s in read_tar(path)][1] == ("b", ("two",), b"2")
 
 
