@@ -156,3 +156,17 @@ def test_gc_shows_first_and_deletes_on_demand(cache, capsys):
     assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
     assert "freed " in capsys.readouterr().out
     assert not list(cache.glob("scenes@*"))
+
+
+def test_what_may_be_quarantined_is_said_in_short(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("pipeline.stages.featurize", lambda config: asked.append(config.featurize))
+    assert type_in("featurize", "less") == 0
+    assert type_in("featurize", "less", "--max-quarantined", "0.2", "--retry-quarantined") == 0
+    assert (
+        type_in("featurize", "less", "--featurize.max_quarantined", "1", "--featurize.retry_quarantined", "true") == 0
+    )
+    assert [(one.max_quarantined, one.retry_quarantined) for one in asked] == [(0.05, False), (0.2, True), (1.0, True)]
+    for share in ("5", "-0.1"):
+        assert type_in("featurize", "less", "--max-quarantined", share) == 2
+        assert f"max_quarantined: found {float(share)}, expected a share from 0 to 1" in capsys.readouterr().err
