@@ -101,6 +101,8 @@ _NAME = re.compile(".+@[0-9a-f]{8}")
 
 def dataset_folders(cache: Place) -> list[Place]:
     """The data sets of a cache, also those whose index is gone: their columns still take room."""
+    if isinstance(cache, Path) and not cache.is_dir():
+        return []
     return [
         folder
         for folder in folders(cache)

@@ -275,6 +275,7 @@ def test_what_a_removal_left_when_it_was_killed_is_found_again(make_dataset, mak
     assert (found.folder, found.reason) == (dataset.folder, "no run reads any of its 1 columns; 9 days old")
     remove([found])
     assert dataset_folders(dataset.folder.parent) == []
+    assert dataset_folders(dataset.folder.parent / "gone") == []
 
 
 def test_a_damaged_column_may_go_too(make_dataset, make_column):
