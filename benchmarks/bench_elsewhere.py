@@ -6,7 +6,8 @@ The columns of `bench_training.py`, 2,048 rows in 32 shards each, are read as a 
 captions and their images a batch. `local` opens the folder; `copied` opens it as a store would be opened, every shard
 copied to this node before; `streamed` has no disk and all shards in memory; `before` is the local cache read by
 another checkout of the sources. Each is a process of its own; they take turns batch by batch, so that what else the
-machine does meets all alike. What is printed are ratios of medians.
+machine does meets all alike. What is printed are ratios of medians, and what the difference is of a training step on
+the same inputs (`bench_training.py`), though the loop fetches batches in a thread of their own while it computes.
 """
 
 import argparse
@@ -102,10 +103,12 @@ def main() -> None:
         return
     for title, parts in (("pooled vectors", False), ("pooled vectors, grid and tokens", True)):
         found = measure(options.steps, options.before, parts=parts)
-        print(f"batches of {BATCH}, {title}: local {found['local']:.2f} ms")
-        for name in found.keys() - {"local"}:
+        step = bench_training.measure(3, parts=parts)["cache (ms a step)"]
+        print(f"batches of {BATCH}, {title}: local {found['local']:.2f} ms, a training step {step:.0f} ms")
+        for name in [name for name in found if name != "local"]:
             one, other = ("local", name) if name == "before" else (name, "local")
-            print(f"  {one + ' / ' + other:<20} {found[one] / found[other]:6.3f}")
+            more = (found[one] - found[other]) / step
+            print(f"  {one + ' / ' + other:<20} {found[one] / found[other]:6.3f}   {more:+.1%} of the step")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ def open_column(dataset: Dataset, name: str, column_id: str) -> Column:
             f"{folder}: holds identity {manifest.id}, expected {column_id}: two columns whose identities begin "
             "alike; remove this one and run `featurize` again"
         )
+    of = str(manifest.ingredients.get("dataset"))
+    if of != dataset.id:
+        raise CacheError(f"{folder}: was made for the data set {of[:8]}, but stands in {dataset.id[:8]}; remove it")
     expected = dataset.rows(manifest.modality)
     if manifest.rows != expected:
         raise CacheError(f"{folder}: {manifest.rows} rows, but the data set has {expected}; run `featurize` again")

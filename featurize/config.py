@@ -102,6 +102,8 @@ class FeaturizeConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuses a time limit that no image could keep."""
+        """Refuses a time limit that no image could keep, and shares that are none."""
+        if not 0 <= self.max_quarantined <= 1:
+            raise ValueError(f"max_quarantined: found {self.max_quarantined}, expected a share from 0 to 1")
         if not 0 < self.decode_timeout <= 86_400:
             raise ValueError(f"decode_timeout: found {self.decode_timeout}, expected seconds above 0, a day at most")

@@ -34,9 +34,10 @@ import pyarrow.parquet as pq
 
 from featurize.columns import open_column
 from featurize.index import Dataset, open_dataset
-from featurize.manifest import CacheError, Manifest, read_manifest
+from featurize.manifest import CacheError, Manifest, read_manifest, shard_path
 from featurize.places import Place, fsync_folder, temporary_name
 from featurize.shards import Array, Column, row_key
+from featurize.sharing import sha256_of
 
 _BATCH = 256  # rows that are written together
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
@@ -84,7 +85,8 @@ def export(folders: Sequence[Place], target: Path, kind: str) -> int:
         Rows that were left out, because a column holds no values of them.
 
     Raises:
-        CacheError: a folder holds no finished column, columns do not belong together, or something is at `target`.
+        CacheError: a folder holds no finished column, a shard is damaged, columns do not belong together, or something
+            is at `target`.
     """
     if kind not in FORMATS:
         raise CacheError(f"unknown format {kind!r}; expected {', '.join(FORMATS)}")
@@ -139,6 +141,7 @@ def _open(folders: Sequence[Place]) -> _Table:
             )
         manifests.append(manifest)
         opened.append(open_column(dataset, manifest.name, manifest.id))
+        _require_sound(folder, manifest)
     assert dataset is not None, "argparse asks for one folder or more"
     lost = np.unique(np.concatenate([manifest.missing for manifest in manifests]))
     rows = np.setdiff1d(np.arange(manifests[0].rows), lost)
@@ -150,6 +153,16 @@ def _open(folders: Sequence[Place]) -> _Table:
         rows,
         [ids[row] for row in rows.tolist()],
     )
+
+
+def _require_sound(folder: Place, manifest: Manifest) -> None:
+    """Let no damage go out; shards of a store are compared when they are fetched."""
+    for number, record in enumerate(manifest.shards):
+        path = shard_path(folder, number)
+        if isinstance(path, Path) and sha256_of(path) != record.sha256:
+            raise CacheError(
+                f"{path}: changed since it was written (sha256 differs); `python -m pipeline cache repair` mends it"
+            )
 
 
 def _names(manifests: Sequence[Manifest]) -> list[str]:

@@ -7,6 +7,7 @@ command goes on.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from featurize.manifest import (
 from featurize.places import Place
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
-from featurize.sharing import Donor, KnownRow, known_rows, link, rows_of
+from featurize.sharing import Donor, KnownRow, is_sound, known_rows, link, rows_of
 from featurize.summary import lost_images, summary
 
 
@@ -52,7 +53,7 @@ class _Shard:
 
 
 def _missing_shards(
-    dataset: Dataset, column: PlannedColumn, images_per_shard: int, *, retry: bool
+    dataset: Dataset, column: PlannedColumn, images_per_shard: int, *, retry: bool, thorough: bool
 ) -> tuple[list[_Shard], int]:
     """The shards of an unfinished column that are to be made.
 
@@ -78,6 +79,8 @@ def _missing_shards(
             ]
         if retry:
             here = [None if row is None or row.reason else row for row in here]
+        if thorough or isinstance(column.folder, Path):  # what is in a store is compared when it is fetched
+            here = [row if row and is_sound(row.donor) else None for row in here]
         taken += len(here) - here.count(None)
         found = link(shard_path(column.folder, number), here, column.output.dtype)
         if found is None:
@@ -88,7 +91,7 @@ def _missing_shards(
 
 
 def tasks_for(
-    dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]
+    dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn], *, thorough: bool = False
 ) -> tuple[list[ShardTask], int]:
     """What is to be done for columns that are not finished; they are begun, and shards that need no task are linked.
 
@@ -96,6 +99,7 @@ def tasks_for(
         dataset: the index.
         config: batch and shard sizes, and whether quarantined rows are tried again.
         columns: to be made by this job alone.
+        thorough: whether shards of a store, too, are compared before their rows count as known.
 
     Returns:
         One task for each shard that is missing, for all outputs of one network that miss it; and how many of the
@@ -107,7 +111,9 @@ def tasks_for(
     rows = 0
     for column in columns:
         begun = _begin(column, config.rows_per_shard)
-        shards, known = _missing_shards(dataset, column, begun.images_per_shard, retry=config.retry_quarantined)
+        shards, known = _missing_shards(
+            dataset, column, begun.images_per_shard, retry=config.retry_quarantined, thorough=thorough
+        )
         rows += known
         for shard in shards:
             groups.setdefault(shard.together, []).append(shard)
@@ -141,12 +147,20 @@ def _imported(dataset: Dataset, shard: _Shard, column: ImportedRows | None) -> I
     return column.part(np.flatnonzero(np.isin(dataset.caption_image, images)).tolist())
 
 
-def fill(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
+def fill(
+    dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn], *, thorough: bool = False
+) -> list[Manifest]:
     """Extract whatever of the planned columns is not in the cache yet, one Ray task a shard; Ray is initialised.
 
     Finished columns and finished shards of unfinished ones are left as they are; what another version of the data set
     holds is taken from there. Two jobs that need the same column take turns. Prints one line on what was found and
     shows one progress bar, in rows.
+
+    Args:
+        dataset: the index.
+        config: how to extract.
+        columns: that are needed.
+        thorough: as in `tasks_for`.
 
     Raises:
         CacheError: too many images could not be decoded, the disk is full, or workers die; what was extracted stays.
@@ -158,7 +172,7 @@ def fill(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedCol
 
     with _locked([column.folder for column in columns if unfinished(column)]):
         missing = [column for column in columns if unfinished(column)]
-        tasks, known = tasks_for(dataset, config, missing)
+        tasks, known = tasks_for(dataset, config, missing, thorough=thorough)
         rows = sum(len(task.unknown) for task in tasks)
         already = f", {known} rows are known already" if known else ""
         print(
@@ -232,15 +246,24 @@ def _finish(dataset: Dataset, column: PlannedColumn) -> None:
 def _checked(dataset: Dataset, config: FeaturizeConfig, columns: Sequence[PlannedColumn]) -> list[Manifest]:
     """The finished columns, if not too much of them is missing; writes what is into the quarantine, and sums it up."""
     manifests = [manifest for column in columns if (manifest := read_manifest(column.folder)) is not None]
-    everything = [manifest for folder in column_folders(dataset.folder) if (manifest := read_manifest(folder))]
+    everything = [manifest for folder in column_folders(dataset.folder) if (manifest := _if_readable(folder))]
     write_quarantine(dataset.folder, [*dataset.quarantine, *left_out(dataset, everything)])
     undescribed = {problem.image_id: problem for problem in left_out(dataset, manifests)}
     problems = [*dataset.quarantine, *undescribed.values()]
     if problems:
         print(summary(dataset, problems, config.max_quarantined), flush=True)
     lost = lost_images(dataset)
-    check_quarantine(problems, len(undescribed) + lost, len(dataset.samples) + lost, config.max_quarantined)
+    total = len(dataset.samples) + lost
+    check_quarantine(dataset.folder, problems, len(undescribed) + lost, total, config.max_quarantined)
     return manifests
+
+
+def _if_readable(folder: Place) -> Manifest | None:
+    """A finished column's manifest; a damaged one is the business of those who want that column."""
+    try:
+        return read_manifest(folder)
+    except CacheError:
+        return None
 
 
 def left_out(dataset: Dataset, manifests: Iterable[Manifest]) -> list[Quarantined]:

@@ -203,8 +203,9 @@ def _known_hashes(cache: Place, name: str) -> dict[Stamp, str]:
 def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined: float, threads: int = 8) -> Dataset:
     """Check and hash every sample; write `samples.parquet`; the result's identity depends on content alone.
 
-    An image whose bytes cannot be read, a caption that is empty or not UTF-8, an image left without captions become
-    quarantine rows. Hashes of files whose size and modification time are as they were are taken from earlier indexes.
+    An image whose bytes cannot be read, a caption that is empty or not UTF-8, an image left without captions, and what
+    its source says to have a problem become quarantine rows. Hashes of files whose size and modification time are as
+    they were are taken from earlier indexes.
 
     Args:
         samples: as a source yields them.
@@ -214,7 +215,7 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
         threads: readers at a time.
 
     Raises:
-        CacheError: more than `max_quarantined` of the images were left out.
+        CacheError: more than `max_quarantined` of the images were left out; the index and their list are written.
     """
     known = _known_hashes(cache, name)
 
@@ -239,6 +240,9 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
     with ThreadPoolExecutor(threads) as pool:
         hashed = tqdm(pool.map(digest, everything), total=len(everything), desc="hash", unit="images")
         for sample, (stamp, sha256, reason) in zip(everything, hashed, strict=True):
+            if sample.problem:
+                problems.append(Quarantined(sample.image_id, "source", sample.problem, sha256))
+                continue
             captions, caption_problems = _usable_captions(sample)
             problems += [replace(problem, sha256=sha256) for problem in caption_problems]
             names = {"image id": sample.image_id, "path": sample.image, "split": sample.split}
@@ -250,7 +254,6 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
                 kept.append(replace(sample, captions=captions))
                 digests.append(sha256)
                 stamps.append(stamp)
-    check_quarantine(problems, len(everything) - len(kept), len(everything), max_quarantined)
     dataset_id = content_id(kept, digests)
     folder = cache / f"{name}@{dataset_id[:8]}"
     make_folder(folder)
@@ -266,8 +269,11 @@ def index(samples: Iterable[Sample], name: str, cache: Place, *, max_quarantined
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     publish(folder / "samples.parquet", sink.getvalue().to_pybytes())
-    of_columns = [problem for problem in read_quarantine(folder) if problem.columns]
+    of_columns: list[Quarantined] = []
+    with suppress(CacheError):  # a damaged list is written anew, and that of the columns when they are finished
+        of_columns = [problem for problem in read_quarantine(folder) if problem.columns]
     write_quarantine(folder, [*problems, *of_columns])
+    check_quarantine(folder, problems, len(everything) - len(kept), len(everything), max_quarantined)
     return dataset
 
 
@@ -285,6 +291,12 @@ def open_dataset(folder: Place) -> Dataset:
     except (OSError, pa.ArrowInvalid) as error:
         raise CacheError(f"{path}: not a readable index ({error}); run `featurize` again") from error
     metadata = table.schema.metadata or {}
+    lacking = [
+        *({"name", "dataset_id"} - {key.decode("utf-8", "replace") for key in metadata}),
+        *(set(_SCHEMA.names) - {"size", "version"} - set(table.column_names)),
+    ]
+    if lacking:
+        raise CacheError(f"{path}: not the index of a data set (it lacks {', '.join(sorted(lacking))}); remove it")
     rows = table.to_pylist()
     samples = tuple(
         Sample(

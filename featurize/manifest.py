@@ -191,7 +191,8 @@ def read_manifest(folder: Place) -> Manifest | None:
     """A finished column's manifest, or None where the column is unfinished.
 
     Raises:
-        CacheError: the manifest is damaged, or its ingredients do not give the identity it states.
+        CacheError: the manifest is damaged, its ingredients do not give the identity it states, or its format is not
+            the one that is known here.
     """
     return _read(folder / "manifest.json")
 
@@ -219,6 +220,12 @@ def _read(path: Place) -> Manifest | None:
         raise CacheError(
             f"{path}: states identity {stated[:8]}, its ingredients give {manifest.id[:8]} and its folder is "
             f"{path.parent.name}; the three must agree. It was edited or moved: remove it and run `featurize` again"
+        )
+    found = manifest.ingredients.get("format", FORMAT_VERSION)
+    if found != FORMAT_VERSION:
+        raise CacheError(
+            f"{path}: has format {found}, this version of isthmus reads format {FORMAT_VERSION}; use the version that "
+            "wrote it, or another cache"
         )
     return manifest
 

@@ -15,8 +15,9 @@ class Quarantined:
 
     Attributes:
         image_id: whose it is.
-        stage: "read" (no bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in
-            the imported file).
+        stage: "source" (the data contradicts itself: an id that is taken, a tar's sample without an image), "read" (no
+            bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in the imported
+            file).
         reason: what was found.
         sha256: of the image bytes, where there were any.
         columns: that lack it; none where the data set itself does.
@@ -30,13 +31,19 @@ class Quarantined:
 
 
 def read_quarantine(folder: Place) -> list[Quarantined]:
-    """What a data set lacks, as it was last written; nothing where it never was."""
+    """What a data set lacks, as it was last written; nothing where it never was.
+
+    Raises:
+        CacheError: the list is damaged.
+    """
+    path = folder / "quarantine.jsonl"
     try:
-        lines = read(folder / "quarantine.jsonl").decode().splitlines()
+        plain: Iterable[Mapping[str, Any]] = map(json.loads, read(path).decode().splitlines())
+        return [Quarantined(**{**line, "columns": tuple(line["columns"])}) for line in plain]
     except FileNotFoundError:
         return []
-    plain: Iterable[Mapping[str, Any]] = map(json.loads, lines)
-    return [Quarantined(**{**line, "columns": tuple(line["columns"])}) for line in plain]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CacheError(f"{path}: damaged ({error}); run `featurize` again, which writes it anew") from error
 
 
 def write_quarantine(folder: Place, problems: Iterable[Quarantined]) -> None:
@@ -45,15 +52,23 @@ def write_quarantine(folder: Place, problems: Iterable[Quarantined]) -> None:
     publish(folder / "quarantine.jsonl", text.encode())
 
 
-def check_quarantine(problems: Iterable[Quarantined], lost: int, total: int, limit: float) -> None:
+def check_quarantine(folder: Place, problems: Iterable[Quarantined], lost: int, total: int, limit: float) -> None:
     """End the job when too many images fail.
 
+    Args:
+        folder: of the data set, where the whole list is.
+        problems: all that could not be used.
+        lost: images that cannot be used.
+        total: images that there are.
+        limit: share of them that may be lost.
+
     Raises:
-        CacheError: more than `limit` of `total` images are `lost`; the message shows the first reasons.
+        CacheError: more are; the message shows the first reasons.
     """
     if total and lost / total > limit:
         first = "".join(f"\n  {p.image_id}: {p.stage}: {p.reason}" for p in list(problems)[:5])
         raise CacheError(
             f"{lost} of {total} images cannot be used, more than the {limit:.0%} that "
-            f"--featurize.max_quarantined allows. The first reasons:{first}"
+            f"--featurize.max_quarantined allows; all are listed in {folder / 'quarantine.jsonl'}. "
+            f"The first reasons:{first}"
         )

@@ -12,7 +12,15 @@ _KINDS_SHOWN = 5
 
 def lost_images(dataset: Dataset) -> int:
     """How many images indexing left out; a caption alone costs no image."""
-    return len({problem.image_id for problem in dataset.quarantine} - {sample.image_id for sample in dataset.samples})
+    return _lost(dataset.quarantine, {sample.image_id for sample in dataset.samples})
+
+
+def _lost(problems: Iterable[Quarantined], present: set[str]) -> int:
+    """How many images problems cost; one of the source is an image of its own, whoever else has its id."""
+    by_id = {
+        p.image_id for p in problems if p.stage != "source" and (p.image_id not in present or p.stage != "caption")
+    }
+    return len(by_id) + sum(problem.stage == "source" for problem in problems)
 
 
 def kind(reason: str) -> str:
@@ -36,13 +44,12 @@ def summary(dataset: Dataset, problems: Iterable[Quarantined], limit: float) -> 
     problems = list(problems)
     present = {sample.image_id for sample in dataset.samples}
     total = len(present) + lost_images(dataset)
-    lost = {p.image_id for p in problems if p.image_id not in present or p.stage != "caption"}
     captions = sum(problem.reason.startswith("caption ") for problem in problems)
     counts = Counter(f"{problem.stage}: {kind(problem.reason)}" for problem in problems)
     listed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     allowed = f"--featurize.max_quarantined allows {limit:.0%}"
     lines = [
-        f"quarantined: {len(lost)} of {total} images ({allowed}), {captions} captions",
+        f"quarantined: {_lost(problems, present)} of {total} images ({allowed}), {captions} captions",
         *(f"{count:6}  {name}" for name, count in listed[:_KINDS_SHOWN]),
     ]
     if others := listed[_KINDS_SHOWN:]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from featurize.fill import fill
 from featurize.index import Dataset, open_dataset
 from featurize.leases import LOCK, is_held
 from featurize.manifest import CacheError, differences, read_begun, read_manifest
-from featurize.places import File, Place, files, found, make_folder, publish, read, remove_file, remove_folder
+from featurize.places import File, Place, files, folders, found, make_folder, publish, read, remove_file, remove_folder
 from featurize.plan import PlannedColumn, encoder_card
 from featurize.verify import Problem, require_unchanged
 
@@ -55,9 +56,22 @@ def note_use(dataset: Dataset, run: Path, columns: Iterable[tuple[str, str]]) ->
 
 
 def uses(dataset_folder: Place) -> list[Use]:
-    """The runs that read a data set, oldest first, whether or not they are still there."""
-    plain = (json.loads(read(path)) for path in found(dataset_folder, "uses/*.json"))
-    return sorted((Use(**{**one, "columns": tuple(one["columns"])}) for one in plain), key=lambda use: use.time)
+    """The runs that read a data set, oldest first, whether or not they are still there.
+
+    Raises:
+        CacheError: what a run noted cannot be read.
+    """
+    return sorted(map(_use, found(dataset_folder, "uses/*.json")), key=lambda use: use.time)
+
+
+def _use(path: Place) -> Use:
+    try:
+        plain = json.loads(read(path))
+        return Use(**{**plain, "columns": tuple(plain["columns"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise CacheError(
+            f"{path}: damaged ({error}), so nobody knows which run reads this data set; remove it if its run is gone"
+        ) from error
 
 
 def explain(one: Place, other: Place) -> list[str]:
@@ -72,13 +86,32 @@ def explain(one: Place, other: Place) -> list[str]:
         found = differences(first, second)
         if first["dataset"] != second["dataset"]:
             found += _versions(open_dataset(one.parent), open_dataset(other.parent))
-        return found
+        beside = differences(columns[0].environment, columns[1].environment, "environment.")
+        return [*found, *(f"{line} (no part of the identity)" for line in beside)]
     if all((folder / "samples.parquet").exists() for folder in (one, other)):
         return list(_versions(open_dataset(one), open_dataset(other)))
     raise CacheError(
         f"found {one} and {other}, expected the folders of two columns (<cache>/<data set>@<id>/<column>@<id>) or of "
         "two data sets (<cache>/<data set>@<id>)"
     )
+
+
+_NAME = re.compile(".+@[0-9a-f]{8}")
+
+
+def dataset_folders(cache: Place) -> list[Place]:
+    """The data sets of a cache, also those whose index is gone: their columns still take room."""
+    if isinstance(cache, Path) and not cache.is_dir():
+        return []
+    return [
+        folder
+        for folder in folders(cache)
+        if _NAME.fullmatch(folder.name)
+        and (
+            (folder / "samples.parquet").exists()
+            or any(_NAME.fullmatch(column.name) for column in column_folders(folder))
+        )
+    ]
 
 
 def _versions(one: Dataset, other: Dataset) -> Iterator[str]:
@@ -133,7 +166,7 @@ def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfi
                 require_unchanged(dataset.samples[images], dataset.digests[images])
         manifest.reopen(folder, sound=set(range(len(manifest.shards))) - numbers)
         columns.append(column)
-    fill(dataset, config, columns)
+    fill(dataset, config, columns, thorough=True)  # what is broken here may be broken where it came from
     return list(broken)
 
 
@@ -161,22 +194,29 @@ def removable(dataset_folder: Place, days: float) -> list[Removable]:
     every = uses(dataset_folder)
     last = {name: use for use in every for name in use.columns}
     alive = {name for use in every if use.exists for name in use.columns}
-    folders = column_folders(dataset_folder)
+    columns = column_folders(dataset_folder)
     removed = []
-    for folder in folders:
+    for folder in columns:
         inside = files(folder)
         age = _age(folder, inside)
         if folder.name in alive or age < days or is_held(folder, time.time()):
             continue
-        unfinished = "" if read_manifest(folder) else "unfinished, "
+        state = _state(folder)
         use = f"its last run, {last[folder.name].run}, is gone" if folder.name in last else "no run reads it"
-        removed.append(Removable(folder, _own_bytes(inside), f"{unfinished}{use}; {age:.0f} days old"))
+        removed.append(Removable(folder, _own_bytes(inside), f"{state}{use}; {age:.0f} days old"))
     inside = files(dataset_folder)
     age = _age(dataset_folder, [file for file in inside if file.name == "samples.parquet"])
-    if len(removed) == len(folders) and age >= days and not any(use.exists for use in every):
+    if len(removed) == len(columns) and age >= days and not any(use.exists for use in every):
         size = _own_bytes(inside) + sum(one.size for one in removed)
-        return [Removable(dataset_folder, size, f"no run reads any of its {len(folders)} columns; {age:.0f} days old")]
+        return [Removable(dataset_folder, size, f"no run reads any of its {len(columns)} columns; {age:.0f} days old")]
     return removed
+
+
+def _state(folder: Place) -> str:
+    try:
+        return "" if read_manifest(folder) else "unfinished, "
+    except CacheError:
+        return "damaged, "
 
 
 _DAY = 24 * 60 * 60

@@ -70,6 +70,11 @@ def verify(dataset_folder: Place) -> Iterator[Problem]:
 
 def verify_column(dataset: Dataset, folder: Place, manifest: Manifest) -> Iterator[Problem]:
     """What is wrong with a finished column."""
+    of = manifest.ingredients.get("dataset")
+    if of != dataset.id:
+        text = f"{folder}: was made for the data set {str(of)[:8]}, but stands in {dataset.id[:8]}; remove it"
+        yield Problem(folder, text)
+        return
     if manifest.rows != dataset.rows(manifest.modality):
         yield Problem(folder, f"{folder}: {manifest.rows} rows, but the data set has {dataset.rows(manifest.modality)}")
         return

@@ -6,6 +6,7 @@ traceback; anything unexpected keeps its traceback.
 """
 
 import argparse
+import errno
 import shlex
 import sys
 import textwrap
@@ -294,7 +295,11 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
     )
     if not list_keys:
         parser.epilog = f"`--key value` changes a setting; `{PROGRAM} run --help` lists them all."
-    short = {"data.dataset": "--dataset", "data.root": "--root"}
+    short = {
+        "data.dataset": "--dataset",
+        "data.root": "--root",
+        "featurize.max_quarantined": "--max-quarantined",
+    }
     groups: dict[str, Any] = {}
     for key in keys(RunConfig()):
         if key.section not in groups:
@@ -307,6 +312,14 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
             metavar=key.type,
             help=text if list_keys else argparse.SUPPRESS,
         )
+    parser.add_argument(
+        "--retry-quarantined",
+        dest="featurize.retry_quarantined",
+        default=argparse.SUPPRESS,
+        action="store_const",
+        const="true",
+        help="describe images again that could not be described before; the same as --featurize.retry_quarantined true",
+    )
 
 
 def _add_run(parser: _Parser) -> None:
@@ -519,6 +532,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nstopped; {str(stop) or 'the same command starts again'}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "what is finished stays: free some space (`cache gc` may help) and run the same command again"
+        print(f"error: no room on the disk ({error}); {advice}", file=sys.stderr)
+        return 2
     except _user_errors() as error:
         # Ray hands on a task's error as a copy whose text is a traceback; its cause is the error itself.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)

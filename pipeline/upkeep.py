@@ -8,8 +8,8 @@ from featurize import upkeep
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
 from featurize.index import open_dataset
-from featurize.manifest import CacheError, Manifest, read_manifest
-from featurize.places import Place, found, place, require_answer
+from featurize.manifest import CacheError, differences, environment, read_manifest
+from featurize.places import Place, place, require_answer
 from featurize.verify import Problem, drift, verify
 from pipeline.config import RayConfig
 from pipeline.sessions import ray_session
@@ -26,7 +26,7 @@ def dataset_folders(cache: str) -> list[Place]:
     """
     root = place(cache, CacheError)
     require_answer(root, CacheError)
-    folders = [path.parent for path in found(root, "*@*/samples.parquet")]
+    folders = upkeep.dataset_folders(root)
     if not folders:
         raise CacheError(f"{root}: no data sets here; `python -m pipeline featurize` makes some")
     return folders
@@ -35,19 +35,30 @@ def dataset_folders(cache: str) -> list[Place]:
 def ls(cache: str) -> None:
     """Print every data set and column of a cache: rows, shape, bytes, and the run that read it last."""
     for folder in dataset_folders(cache):
-        dataset = open_dataset(folder)
         every = upkeep.uses(folder)
-        counts = f"{len(dataset.samples):,} images, {len(dataset.captions):,} captions, {len(every)} runs"
-        print(f"{folder.name}  {counts}  {dataset.id}")
+        print(f"{folder.name}  {_counts(folder, len(every))}")
         last = {name: use for use in every for name in use.columns}
         for path in column_folders(folder):
-            manifest = read_manifest(path)
             use = last.get(path.name)
             used = f"{Path(use.run).name} {use.time[:10]}{'' if use.exists else ' (gone)'}" if use else "no run yet"
-            print(f"  {path.name:<44} {_described(manifest) if manifest else 'unfinished':<50}  {used}")
+            print(f"  {path.name:<44} {_described(path):<50}  {used}")
 
 
-def _described(manifest: Manifest) -> str:
+def _counts(folder: Place, runs: int) -> str:
+    try:
+        dataset = open_dataset(folder)
+    except CacheError:
+        return "damaged: `python -m pipeline cache verify` tells more"
+    return f"{len(dataset.samples):,} images, {len(dataset.captions):,} captions, {runs} runs  {dataset.id}"
+
+
+def _described(folder: Place) -> str:
+    try:
+        manifest = read_manifest(folder)
+    except CacheError:
+        return "damaged"
+    if manifest is None:
+        return "unfinished"
     shape = "x".join(["L", *map(str, manifest.shape)] if manifest.ragged else map(str, manifest.shape))
     return f"{manifest.rows:>9,} rows  {shape:>9} {manifest.dtype:<8} {manifest.size / 2**20:>9,.1f} MiB"
 
@@ -84,11 +95,13 @@ def _drifting(folder: Place, images: int) -> Iterator[Problem]:
             yield Problem(path, str(error))
             continue
         print(drifted)
+        for line in differences(manifest.environment, environment()):
+            print(f"  {line} here")
         if drifted.cosine < DRIFT:
             yield Problem(
                 path,
                 f"{path}: this machine describes rows otherwise (cosine {drifted.cosine:.4f}, expected {DRIFT} or "
-                "more); compare the environment in its manifest with this one, and mix what they say in no run",
+                "more), for other libraries or another processor; mix what they say in no run",
             )
 
 

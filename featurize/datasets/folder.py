@@ -3,9 +3,10 @@
 import io
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from featurize.datasets.sample import IMAGE_SUFFIXES, SPLIT_NAMES, DataError, Sample, caption_lines, open_text
+from featurize.datasets.sample import IMAGE_SUFFIXES, SPLIT_NAMES, Sample, caption_lines, open_text
 from featurize.places import Place, prefix
 
 
@@ -14,27 +15,26 @@ def read_folder(root: Place) -> Iterator[Sample]:
 
     The image id is the path below `root` without its extension. A sub-folder of `root` whose name is in
     `SPLIT_NAMES` (train, val, valid, validation, dev, test, ...) is that split; elsewhere the split is "".
-    Hidden files and folders and linked folders are passed over, and so are text files without an image.
-
-    Raises:
-        DataError: two images differ by their extension only, so one text file would describe both.
+    Hidden files and folders and linked folders are passed over, and so are text files without an image. Of two images
+    that differ by their extension only, so that one text file would describe both, the second one has a problem.
     """
     for inside, names in _walk(root):
         folder = prefix(root / inside) if inside.parts else prefix(root)
         split = SPLIT_NAMES.get(inside.parts[0].lower(), "") if inside.parts else ""
-        images: dict[str, str] = {}
+        images: dict[str, list[str]] = {}
         for name in names:
             stem, suffix = os.path.splitext(name)  # noqa: PTH122 - Path is slow on a million names
-            if suffix.lower() not in IMAGE_SUFFIXES or name.startswith("."):
-                continue
-            if stem in images:
-                raise DataError(f"{folder}: duplicate image id {stem!r}: {images[stem]!r} and {name!r}; rename one")
-            images[stem] = name
+            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                images.setdefault(stem, []).append(name)
         texts = set(names)
         captions = _captions(root, inside, [stem for stem in images if f"{stem}.txt" in texts])
-        for stem, name in images.items():
+        for stem, (first, *others) in images.items():
             told = next(captions) if f"{stem}.txt" in texts else ()
-            yield Sample(image_id=(inside / stem).as_posix(), image=f"{folder}/{name}", captions=told, split=split)
+            sample = Sample(image_id=(inside / stem).as_posix(), image=f"{folder}/{first}", captions=told, split=split)
+            yield sample
+            for name in others:
+                problem = f"duplicate image id: {first!r} has it, {name!r} has it too; rename one"
+                yield replace(sample, image=f"{folder}/{name}", problem=problem)
 
 
 def _walk(root: Place) -> Iterator[tuple[PurePosixPath, list[str]]]:

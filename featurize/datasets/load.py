@@ -26,7 +26,7 @@ class _Source:
 
 
 def load(config: DataConfig, folder: Path) -> list[Sample]:
-    """Every sample of the data set, in the source's own order.
+    """Every sample of the data set, in the source's own order; of those with one id all but the first have a problem.
 
     Args:
         config: the source, where it lies, and which splits are wanted.
@@ -34,7 +34,7 @@ def load(config: DataConfig, folder: Path) -> list[Sample]:
 
     Raises:
         DataError: the data set's name is unknown; nothing, or something else, is at `root`; there are no
-            images; a wanted split is missing; or two images have one id.
+            images; or a wanted split is missing.
     """
     if config.dataset not in _SOURCES:
         raise DataError(
@@ -45,7 +45,7 @@ def load(config: DataConfig, folder: Path) -> list[Sample]:
     source = f"{config.dataset} at {config.root}" if config.root else config.dataset
     if not samples:
         raise DataError(f"{source}: no images; expected {_SOURCES[config.dataset].expected}")
-    _refuse_duplicates(samples)
+    samples = _without_duplicates(samples)
     if config.holdout:
         samples = _hold_out(samples, config, source)
     _require_splits(samples, config, source)
@@ -132,15 +132,16 @@ _SOURCES = {
 }
 
 
-def _refuse_duplicates(samples: list[Sample]) -> None:
+def _without_duplicates(samples: list[Sample]) -> list[Sample]:
     known: dict[str, Sample] = {}
     for sample in samples:
-        first = known.setdefault(sample.image_id, sample)
-        if first is not sample:
-            raise DataError(
-                f"image id {sample.image_id!r} stands for two images: {_place(first)} and {_place(sample)}; "
-                "ids must be unique in a data set"
-            )
+        known.setdefault(sample.image_id, sample)
+    return [
+        sample
+        if sample.problem or sample is (first := known[sample.image_id])
+        else replace(sample, problem=f"duplicate image id: {_place(first)} has it, {_place(sample)} has it too")
+        for sample in samples
+    ]
 
 
 def _place(sample: Sample) -> str:

@@ -44,6 +44,7 @@ class Sample:
             empty ones, or lone surrogates where bytes were not UTF-8; what cannot be used is sorted out later.
         split: "train", "val", "test", or whatever the source says; "" where it names none.
         span: (offset, length) in bytes of the image inside that file (a tar member); None: the whole file.
+        problem: why it cannot be used, as its source sees it: it will be quarantined; "" where nothing is wrong.
     """
 
     image_id: str
@@ -51,6 +52,7 @@ class Sample:
     captions: tuple[str, ...]
     split: str
     span: tuple[int, int] | None = None
+    problem: str = ""
 
     def read(self) -> bytes:
         """The encoded image (JPEG, PNG, ...).

@@ -34,38 +34,46 @@ def read_table(root: Place, config: TableConfig) -> Iterator[Sample]:
     """Samples in the order in which their ids first appear.
 
     A row holds one caption or a list of captions (in CSV and TSV: a JSON list); rows with one id are one
-    image. The image is a path relative to the table's folder, an absolute path, or a URI.
+    image. The image is a path relative to the table's folder, an absolute path, or a URI. A row that names another
+    image or split than the first one of its id is a sample with a problem.
 
     Args:
         root: the table, or a folder that holds exactly one.
         config: the columns' names.
 
     Raises:
-        DataError: there is not exactly one table, a column is missing, a row has another form, or two rows of
-            one id disagree about its image or split.
+        DataError: there is not exactly one table, a column is missing, or a row has another form.
     """
     path = _table_file(root)
     images: dict[str, _Image] = {}
+    others: list[Sample] = []
     for place, row in _READERS[path.suffix.lower()](path, config):
         where = f"{path}, {place}"
         image = _name(row, config.image, where)
         image_id = _name(row, config.id, where) if config.id else image
         split = _text(row.get(config.split), config.split, where)
+        captions = _captions(row[config.caption], config.caption, where)
         known = images.setdefault(image_id, _Image(image, split, [], place))
-        if (known.image, known.split) != (image, split):
-            raise DataError(
-                f"{where}: duplicate image id {image_id!r}: here image {image!r}, split {split!r}; "
-                f"at {known.place} image {known.image!r}, split {known.split!r}. "
-                "Rows of one id are captions of one image"
-            )
-        known.captions += _captions(row[config.caption], config.caption, where)
+        if (known.image, known.split) == (image, split):
+            known.captions += captions
+            continue
+        problem = (
+            f"duplicate image id: {place} of {path.name} has image {image!r}, split {split!r}; {known.place} has image "
+            f"{known.image!r}, split {known.split!r}. Rows of one id are captions of one image"
+        )
+        others.append(Sample(image_id, _location(path, image), tuple(captions), split, problem=problem))
     for image_id, known in images.items():
-        location = known.image
-        if "://" not in location and isinstance(path, Path):
-            location = str(path.parent / location)
-        elif "://" not in location and not location.startswith("/"):
-            location = f"{prefix(path.parent)}/{location}"
-        yield Sample(image_id=image_id, image=location, captions=tuple(known.captions), split=known.split)
+        yield Sample(image_id, _location(path, known.image), tuple(known.captions), known.split)
+    yield from others
+
+
+def _location(table: Place, image: str) -> str:
+    """Where an image lies, from what the table says."""
+    if "://" not in image and isinstance(table, Path):
+        return str(table.parent / image)
+    if "://" not in image and not image.startswith("/"):
+        return f"{prefix(table.parent)}/{image}"
+    return image
 
 
 def _table_file(root: Place) -> Place:

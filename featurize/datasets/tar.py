@@ -5,7 +5,7 @@ import json
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from featurize.datasets.sample import IMAGE_SUFFIXES, DataError, Sample, caption_lines, required, split_in
@@ -21,6 +21,7 @@ class _Group:
     text: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     suffixes: list[str] = field(default_factory=list)
+    problem: str = ""
 
 
 def read_tar(root: Place) -> Iterator[Sample]:
@@ -29,15 +30,17 @@ def read_tar(root: Place) -> Iterator[Sample]:
     As in webdataset, members with one key (the path up to the first dot of the file name) are one sample and
     stand side by side. An image goes with `txt` (one caption a line) or `json` ({"caption": ...} or
     {"captions": [...]}, and if wanted "id" and "split"); the captions of the json come first. Without them
-    the image id is the key, and the split is the word train, val or test in the tar's name, else "". Only
-    regular members are read: links are passed over, and no member's name is ever used as a path.
+    the image id is the key, and the split is the word train, val or test in the tar's name, else "".
+    No link is followed, and no member's name is ever used as a path.
+
+    A sample has a problem if one of its members is a link, a device or sparse, or a json of another form; if it has no
+    image or several; or if it is the second one of its key, for members that do not stand side by side.
 
     Args:
         root: a tar, not compressed, or a folder of tars.
 
     Raises:
-        DataError: there is no tar, it is compressed or cut short, or a sample has no image, several, or
-            members that do not stand side by side.
+        DataError: there is no tar, or it is compressed or cut short.
     """
     paths = [root] if root.is_file() else found(root, "*.tar")
     if not paths:
@@ -46,9 +49,8 @@ def read_tar(root: Place) -> Iterator[Sample]:
         seen: set[str] = set()
         for group in _groups(path):
             if group.key in seen:
-                raise DataError(
-                    f"{path}: members of {group.key!r} do not stand side by side, as webdataset demands; "
-                    "sort them (tar --sort=name)"
+                group.problem = (
+                    "members of one key do not stand side by side, as webdataset demands; sort them (tar --sort=name)"
                 )
             seen.add(group.key)
             yield _sample(path, group)
@@ -64,14 +66,17 @@ def _groups(path: Place) -> Iterator[_Group]:
                 stem, dot, suffix = name.partition(".")
                 suffix = f".{suffix.lower()}"
                 wanted = suffix in IMAGE_SUFFIXES or suffix in (".txt", ".json")
-                if not (stem and dot and wanted and member.isreg()) or member.issparse():
+                if not (stem and dot and wanted) or member.isdir():
                     continue
                 key = posixpath.join(folder, stem)
                 if group is None or group.key != key:
                     if group is not None:
                         yield group
                     group = _Group(key)
-                _add(group, tar, member, suffix, f"{path}, member {member.name!r}")
+                try:
+                    _add(group, tar, member, suffix)
+                except DataError as error:
+                    group.problem = group.problem or str(error)
             _require_end(path, tar.offset)
     except tarfile.ReadError as error:
         raise DataError(f"{path}: not a whole, uncompressed tar ({error}); unpack .gz, or fetch it again") from error
@@ -87,11 +92,14 @@ def _require_end(path: Place, offset: int) -> None:
             raise tarfile.ReadError(f"no end mark at byte {offset}")
 
 
-def _add(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, where: str) -> None:
+def _add(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
     group.suffixes.append(suffix)
+    if not member.isreg() or member.issparse():
+        kind = "a link is not followed" if member.islnk() or member.issym() else "a device or sparse file is not read"
+        raise DataError(f"{kind}; pack the file itself (tar --dereference --hard-dereference)")
     if suffix in IMAGE_SUFFIXES:
         if group.span is not None:
-            raise DataError(f"{where}: {group.key!r} has several images ({', '.join(group.suffixes)}); expected one")
+            raise DataError(f"several images ({', '.join(group.suffixes)}); expected one")
         group.span = (member.offset_data, member.size)
         return
     data = tar.extractfile(member)
@@ -102,36 +110,46 @@ def _add(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: s
         return
     try:
         meta = json.load(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and lists of lists of lists
+        raise DataError(f"json: not valid JSON ({error})") from error
     if not isinstance(meta, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(meta).__name__}")
+        raise DataError(f"json: expected a JSON object, found {type(meta).__name__}")
     group.meta = meta
 
 
 def _sample(path: Place, group: _Group) -> Sample:
-    where = f"{path}, sample {group.key!r}"
+    span = group.span or (0, 0)  # no image: no bytes of the tar
+    found = Sample(group.key, str(path), group.text, split_in(path.stem), span)
+    try:
+        return _described(found, group)
+    except DataError as error:
+        return replace(found, problem=f"{error} ({path}, sample {group.key!r})")
+
+
+def _described(found: Sample, group: _Group) -> Sample:
+    """A sample with what its json says of it."""
+    if group.problem:
+        raise DataError(group.problem)
     if group.span is None:
         raise DataError(
-            f"{where}: no image among its members ({', '.join(group.suffixes)}); "
+            f"no image among its members ({', '.join(group.suffixes)}); "
             f"expected one of {', '.join(sorted(IMAGE_SUFFIXES))} beside them"
         )
     meta = {name: value for name, value in group.meta.items() if value is not None}
     captions = group.text
     if "captions" in meta:
-        captions = tuple(_text(one, where) for one in required(meta, "captions", list, where))
+        captions = tuple(map(_text, required(meta, "captions", list, "json")))
     elif "caption" in meta:
-        captions = (_text(meta["caption"], where),)
-    return Sample(
-        image_id=str(required(meta, "id", (str, int), where)) if "id" in meta else group.key,
-        image=str(path),
+        captions = (_text(meta["caption"]),)
+    return replace(
+        found,
+        image_id=str(required(meta, "id", (str, int), "json")) if "id" in meta else found.image_id,
         captions=captions,
-        split=required(meta, "split", str, where) if "split" in meta else split_in(path.stem),
-        span=group.span,
+        split=required(meta, "split", str, "json") if "split" in meta else found.split,
     )
 
 
-def _text(caption: Any, where: str) -> str:
+def _text(caption: Any) -> str:
     if not isinstance(caption, str):
-        raise DataError(f"{where}: a caption is {caption!r}, expected text")
+        raise DataError(f"json: a caption is {caption!r}, expected text")
     return caption.strip()

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from featurize.columns import open_column
+from featurize.index import index
 from featurize.manifest import CacheError, identity, read_manifest, read_record
 
 
@@ -57,6 +59,18 @@ def test_a_column_of_another_length_is_refused(make_column, make_dataset):
     manifest, _ = make_column(dataset, shards=(4,))
     with pytest.raises(CacheError, match="4 rows, but the data set has 6"):
         open_column(dataset, "one.pooled", manifest.id)
+
+
+def test_a_column_of_another_version_is_refused(make_column, make_samples, tmp_path):
+    """Its rows have the same number and names."""
+    samples = make_samples(tmp_path / "in")
+    first = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    changed = [replace(samples[0], captions=("changed", "another")), *samples[1:]]
+    second = index(changed, "set", tmp_path / "cache", max_quarantined=0)
+    manifest, folder = make_column(first)
+    folder.rename(second.folder / folder.name)
+    with pytest.raises(CacheError, match=f"made for the data set {first.id[:8]}, but stands in {second.id[:8]}"):
+        open_column(second, "one.pooled", manifest.id)
 
 
 def test_rows_out_of_place_are_refused(make_column, make_dataset):

@@ -246,3 +246,13 @@ def test_the_column_itself_is_not_touched(tmp_path, dataset, column, numbers, ki
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     made = {"dataset": dataset.id, "encoder": "one", "output": "pooled", "view": "plain"}
     np.testing.assert_array_equal(open_column(dataset, "one.pooled", identity(made)).gather(np.arange(6)), rows)
+
+
+def test_damage_does_not_go_out(tmp_path, column, numbers, kind):
+    folder = column(Output("pooled", (3,)), numbers(6, 3))
+    tar = folder / "000001.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:640] + b"!!" + whole[642:])
+    with pytest.raises(CacheError, match=r"000001\.tar: changed since it was written .* cache repair"):
+        export([folder], target_of(tmp_path, kind), kind)
+    assert not target_of(tmp_path, kind).exists()

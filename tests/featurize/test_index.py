@@ -168,6 +168,12 @@ def test_too_much_quarantine_ends_the_job(make_samples, tmp_path):
         CacheError, match=r"1 of 4 images cannot be used, more than the 10%.*\n  id0: read: FileNotFound"
     ):
         index(samples, "set", tmp_path / "cache", max_quarantined=0.1)
+    (listed,) = (tmp_path / "cache").glob("set@*/quarantine.jsonl")
+    assert json.loads(listed.read_text())["image_id"] == "id0"
+    with pytest.raises(CacheError, match=re.escape(f"all are listed in {listed}. The first reasons:")):
+        index(samples, "set", tmp_path / "cache", max_quarantined=0.1)
+    with pytest.raises(CacheError, match="1 of 1 images cannot be used"):
+        index(samples[:1], "set", tmp_path / "cache", max_quarantined=0.1)
 
 
 def test_no_index_is_said_to_be_none(tmp_path):

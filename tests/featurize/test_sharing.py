@@ -1,5 +1,6 @@
 """Versions of a data set: what they have in common is neither described nor stored twice."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,8 @@ from featurize.index import index
 from featurize.manifest import read_manifest
 from featurize.plan import plan
 from featurize.quarantine import read_quarantine
+from featurize.sharing import is_sound
+from featurize.upkeep import repair
 from featurize.verify import verify
 
 CONFIG = FeaturizeConfig(rows_per_shard=4, precision="float32", views=("plain", "crop"), max_quarantined=0.5)
@@ -154,6 +157,36 @@ def test_damage_is_not_handed_on(pictures, tmp_path, ray_local):
     second, copies = made(tmp_path, [pictures[5], *pictures[:4]])  # `made` asks `verify`
     rows = open_column(second, "efficientnet-lite0.pooled", copies["efficientnet-lite0.pooled"].id)
     assert rows.row(1).tobytes() != data[640:3200]
+
+
+def test_a_damaged_shard_gets_no_second_name(pictures, tmp_path, ray_local):
+    _, columns = made(tmp_path, pictures[:4])
+    tar = columns["efficientnet-lite0.pooled"].folder / "000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:700] + b"!" + whole[701:])
+    _, copies = made(tmp_path, pictures[:5])  # `made` asks `verify`
+    again = copies["efficientnet-lite0.pooled"].folder / "000000.tar"
+    assert (again.read_bytes(), again.stat().st_nlink) == (whole, 1)
+
+
+def test_a_damaged_shard_that_versions_share_is_repaired_in_all(pictures, tmp_path, ray_local, capsys):
+    versions = [made(tmp_path, pictures[:count]) for count in (4, 5, 6)]
+    tars = [columns["efficientnet-lite0.pooled"].folder / "000000.tar" for _, columns in versions]
+    assert {tar.stat().st_nlink for tar in tars} == {3}
+    whole = tars[0].read_bytes()
+    with tars[0].open("r+b") as file:
+        file.seek(700)
+        file.write(b"!")
+    is_sound.cache_clear()  # as in another process
+    capsys.readouterr()
+    for dataset, _ in versions:
+        problems = list(verify(dataset.folder))
+        assert [problem.shard for problem in problems] == [0]
+        repair(dataset, problems, CONFIG)
+        assert not list(verify(dataset.folder))
+    told = re.findall(r"(\d+) rows to extract(?:, (\d+) rows are known already)?", capsys.readouterr().out)
+    assert (told[0], told[2]) == (("4", ""), ("0", "4"))  # the second may ask the third, which is damaged still
+    assert [tar.read_bytes() for tar in tars] == [whole] * 3
 
 
 def test_a_damaged_version_is_left_aside(pictures, tmp_path, ray_local, capsys):

@@ -64,6 +64,22 @@ def test_a_summary_counts_images_and_captions():
     ]
 
 
+def test_a_second_image_of_an_id_is_an_image_of_its_own():
+    left_out = [
+        Quarantined("kept0", "source", "duplicate image id: a has it, b has it too"),
+        Quarantined("kept0", "source", "duplicate image id: a has it, c has it too"),
+        Quarantined("kept0", "caption", "caption 1 is empty"),
+        Quarantined("bare", "source", "no image among its members (.txt); expected one"),
+    ]
+    found = dataset(*left_out)
+    assert lost_images(found) == 3
+    assert summary(found, left_out, 0.5).splitlines()[:3] == [
+        "quarantined: 3 of 13 images (--featurize.max_quarantined allows 50%), 1 captions",
+        "     2  source: duplicate image id",
+        "     1  caption: a caption is empty",
+    ]
+
+
 def test_a_summary_has_eight_lines_at_most():
     problems = [Quarantined(f"kept{n}", "decode", f"DecodeError: {'abcdefgh'[n]}: x") for n in range(8)]
     lines = summary(dataset(), [*problems, problems[7]], 0.5).splitlines()

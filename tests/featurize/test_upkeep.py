@@ -18,7 +18,7 @@ from featurize.fill import fill
 from featurize.index import index
 from featurize.manifest import CacheError, read_manifest
 from featurize.plan import plan
-from featurize.upkeep import explain, note_use, removable, remove, repair, uses
+from featurize.upkeep import dataset_folders, explain, note_use, removable, remove, repair, uses
 from featurize.verify import drift, verify
 
 CONFIG = FeaturizeConfig(rows_per_shard=4, precision="float32", max_quarantined=0.5)
@@ -248,3 +248,59 @@ def test_a_use_survives_as_plain_json(make_dataset, tmp_path):
     note_use(dataset, tmp_path / "run", [("a", "1" * 64)])
     (path,) = (dataset.folder / "uses").iterdir()
     assert json.loads(path.read_text())["columns"] == ["a@11111111"]
+
+
+def test_a_damaged_use_is_no_licence_to_free(make_dataset, make_column, tmp_path):
+    dataset = make_dataset()
+    make_column(dataset)
+    note_use(dataset, tmp_path, [])
+    (path,) = (dataset.folder / "uses").iterdir()
+    for damage in ("{", "[]", "{}"):
+        path.write_text(damage)
+        with pytest.raises(CacheError, match=r"damaged .* remove it if its run is gone"):
+            removable(dataset.folder, 0)
+
+
+def test_what_a_removal_left_when_it_was_killed_is_found_again(make_dataset, make_column):
+    """Indexes and manifests go first: without them the rest must not be forgotten."""
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    (dataset.folder / "samples.parquet").unlink()
+    (folder / "manifest.json").unlink()
+    (dataset.folder.parent / "package@1.0.0" / "data").mkdir(parents=True)
+    (dataset.folder.parent / "other@01234567").mkdir()
+    age(dataset.folder, 9)
+    assert dataset_folders(dataset.folder.parent) == [dataset.folder]
+    (found,) = removable(dataset.folder, 7)
+    assert (found.folder, found.reason) == (dataset.folder, "no run reads any of its 1 columns; 9 days old")
+    remove([found])
+    assert dataset_folders(dataset.folder.parent) == []
+    assert dataset_folders(dataset.folder.parent / "gone") == []
+
+
+def test_a_damaged_column_may_go_too(make_dataset, make_column):
+    dataset = make_dataset()
+    make_column(dataset, "young.pooled")
+    _, folder = make_column(dataset)
+    (folder / "manifest.json").write_text("{")
+    age(folder, 9)
+    assert [one.reason for one in removable(dataset.folder, 7)] == ["damaged, no run reads it; 9 days old"]
+
+
+def test_damage_of_a_column_stops_no_job_that_does_without_it(extracted, capsys):
+    dataset, folders = extracted
+    (folders["minilm.tokens"] / "manifest.json").write_text("{")
+    fill(dataset, CONFIG, plan(dataset, CONFIG, ("pooled",), ("sentence",)))
+    assert "2 columns found, 0 rows to extract" in capsys.readouterr().out
+    with pytest.raises(CacheError, match=r"manifest\.json: damaged"):
+        fill(dataset, CONFIG, plan(dataset, CONFIG, (), ("tokens",)))
+
+
+def test_other_libraries_are_told_beside_the_ingredients(make_column, make_dataset):
+    dataset = make_dataset()
+    manifest, one = make_column(dataset, weights="a")
+    _, other = make_column(dataset, weights="b")
+    changed = replace(manifest, environment={**manifest.environment, "torch": "0.1"})
+    changed.write(one)
+    torch = manifest.environment["torch"]
+    assert explain(one, other) == ["weights: a, b", f"environment.torch: 0.1, {torch} (no part of the identity)"]

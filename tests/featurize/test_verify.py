@@ -2,11 +2,17 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from featurize.encoder import Output
+from featurize.index import index
+from featurize.manifest import CacheError, ShardRecord, identity, read_manifest
+from featurize.plan import PlannedColumn
+from featurize.shards import row_key, write_shard
 from featurize.verify import verify
 
 
@@ -116,6 +122,66 @@ def test_an_index_that_was_edited(make_dataset):
     assert f"its rows do not give the identity {dataset.id[:8]} that it states" in texts(dataset)[0]
     path.write_bytes(b"gone")
     assert "not a readable index" in texts(dataset)[0]
+
+
+def test_an_index_of_something_else(make_dataset):
+    dataset = make_dataset()
+    path = dataset.folder / "samples.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["split"]).replace_schema_metadata({"name": "set"}), path)
+    assert texts(dataset) == [f"{path}: not the index of a data set (it lacks dataset_id, split); remove it"]
+
+
+def test_a_damaged_quarantine(make_dataset, make_samples, tmp_path):
+    dataset = make_dataset()
+    path = dataset.folder / "quarantine.jsonl"
+    for damage in ('{"image_id": "a"', '{"image_id": "a"}\n', "[]\n", "\xff"):
+        path.write_bytes(damage.encode("latin-1"))
+        (text,) = texts(dataset)
+        assert text.startswith(f"{path}: damaged (")
+        assert text.endswith("run `featurize` again, which writes it anew")
+    assert index(make_samples(tmp_path / "in"), "set", tmp_path / "cache", max_quarantined=0) == dataset
+    assert texts(dataset) == []
+
+
+def test_a_column_of_another_version(make_column, make_samples, tmp_path):
+    """It has as many rows, of the same names, in the same order."""
+    samples = make_samples(tmp_path / "in")
+    first = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    changed = [replace(samples[0], captions=("changed", "another")), *samples[1:]]
+    second = index(changed, "set", tmp_path / "cache", max_quarantined=0)
+    _, folder = make_column(first)
+    moved = second.folder / folder.name
+    folder.rename(moved)
+    assert texts(second) == [
+        f"{moved}: was made for the data set {first.id[:8]}, but stands in {second.id[:8]}; remove it"
+    ]
+
+
+def test_a_format_that_is_not_known_here(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset, format=2)
+    with pytest.raises(CacheError, match="has format 2, this version of isthmus reads format 1"):
+        read_manifest(folder)
+    assert "use the version that wrote it, or another cache" in texts(dataset)[0]
+
+
+def test_an_index_beside_a_ragged_shard(tmp_path, make_dataset):
+    dataset = make_dataset()
+    made = {"dataset": dataset.id, "encoder": "one", "output": "regions", "view": "plain"}
+    folder = dataset.folder / f"one.regions@{identity(made)[:8]}"
+    folder.mkdir()
+    rows = [np.full((length, 3), length, np.float16) for length in (1, 0, 2, 3, 1, 1)]
+    file = write_shard(folder / "000000.tar", [row_key(s.image_id) for s in dataset.samples], rows, ragged=True)
+    column = PlannedColumn("one.regions", "image", "one", Output("regions", (3,), ragged=True), "plain", made, folder)
+    column.manifest(6, [ShardRecord(file.rows, file.size, file.sha256)]).write(folder)
+    assert texts(dataset) == []
+    beside = folder / "000000.idx.npy"
+    stored = np.load(beside)
+    stored[2, 1] -= 1
+    np.save(beside, stored)
+    (problem,) = verify(dataset.folder)
+    assert (str(problem), problem.shard) == (f"{beside}: is not the index of the tar beside it", 0)
 
 
 def test_a_folder_that_was_renamed(make_dataset):

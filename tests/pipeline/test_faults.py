@@ -3,6 +3,8 @@
 Nothing is lost, nothing is there twice, finished shards are left alone, and every file has the same bytes.
 """
 
+import hashlib
+import json
 import os
 import re
 import signal
@@ -150,7 +152,7 @@ def test_a_node_that_is_lost(undisturbed, tmp_path):
     script = tmp_path / "lose_a_node.py"
     script.write_text(
         f"""
-import sys, threading, time
+import json, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 import ray
@@ -163,8 +165,11 @@ lost, _ = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
 ray.init(cluster.address, runtime_env={{"env_vars": {{"PYTHONPATH": {str(ROOT)!r}}}}})
 
 def lose():
-    while len(list(Path({str(tmp_path)!r}).glob("cache/*@*/*@*/0*.json"))) < 5:
+    while len(records := list(Path({str(tmp_path)!r}).glob("cache/*@*/*@*/0*.json"))) < 5:
         time.sleep(0.01)
+    tars = [record.with_suffix(".tar") for record in records]
+    finished = {{str(tar): [tar.stat().st_ino, tar.stat().st_mtime_ns] for tar in tars}}
+    Path({str(tmp_path / "finished.json")!r}).write_text(json.dumps(finished))
     cluster.remove_node(lost, allow_graceful=False)
     print("LOST", flush=True)
 
@@ -176,6 +181,10 @@ sys.exit(main({arguments(tmp_path / "cache", pictures)!r}))
     assert code == 0, out
     assert "LOST" in out
     assert files(tmp_path / "cache") == expected
+    finished = json.loads((tmp_path / "finished.json").read_text())
+    assert len(finished) >= 5
+    for path, before in finished.items():
+        assert [Path(path).stat().st_ino, Path(path).stat().st_mtime_ns] == before
 
 
 def test_a_full_disk(undisturbed, tmp_path):
@@ -206,6 +215,19 @@ def test_a_full_disk(undisturbed, tmp_path):
     assert again[0] == ROWS
     assert again[1] <= ROWS - SHARD * finished
     assert files(kept) == expected
+
+
+def test_a_disk_without_any_room(undisturbed, tmp_path):
+    """Not even the index fits."""
+    pictures, _ = undisturbed
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*mount, f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    command = " ".join([sys.executable, "-m", "pipeline", *arguments(tmp_path, pictures)])
+    out, code = finish(start([*mount, f"mount -t tmpfs -o size=8k tmpfs {tmp_path}; {command}"]))
+    assert code == 2, out
+    assert re.search(r"error: no room on the disk \(.*No space left on device.*\); what is finished stays", out)
+    assert "Traceback" not in out
 
 
 def test_two_jobs_at_once(undisturbed, tmp_path):
@@ -288,5 +310,65 @@ def test_images_that_end_the_worker(undisturbed, tmp_path):
     assert "quarantined: 2 of 14 images" in out
     assert "     1  decode: the decoder died\n" in out
     assert "     1  decode: the decoder did not answer within 3 s\n" in out
+    (path,) = (tmp_path / "cache").glob("*@*/quarantine.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["image_id"], row["stage"], row["reason"], row["sha256"]) for row in rows] == [
+        ("03", "decode", "DecodeError: the decoder died (signal 11)", hashlib.sha256(b"BAD crash").hexdigest()),
+        ("05", "decode", "DecodeError: the decoder did not answer within 3 s", hashlib.sha256(b"BAD hang").hexdigest()),
+    ]
     out, code = finish(start([sys.executable, "-m", "pipeline", "cache", "verify", str(tmp_path / "cache")]))
     assert (code, out) == (0, "every shard is as its manifest says\n")
+
+
+LATER = """
+from PIL import Image, ImageFile
+
+
+class Later(ImageFile.ImageFile):
+    format = "LATER"
+
+    def _open(self):
+        self._size, self._mode, self.tile = (32, 24), "RGB", []
+        self.fp.read()
+
+    def load(self):
+        self.im = Image.new("RGB", self._size, "red").im
+        return Image.Image.load(self)
+
+
+Image.register_open("LATER", Later, lambda start: start.startswith(b"LATER"))
+"""
+
+
+def test_what_could_not_be_described_is_tried_again_on_demand(undisturbed, tmp_path):
+    """A format that Python's imaging library learns to read between two jobs."""
+    pictures, _ = undisturbed
+    folder, plugins = tmp_path / "pictures", tmp_path / "plugins"
+    for path in (folder, plugins):
+        path.mkdir()
+    for number, path in enumerate(sorted(pictures.rglob("*.jpg"))[:20]):
+        (folder / f"{number:02}.jpg").write_bytes(path.read_bytes() if number != 3 else b"LATER")
+        (folder / f"{number:02}.txt").write_text(f"picture {number}\n")
+    table = ["--dataset", "folder", "--root", str(folder), "--data.holdout", "0.3", *SETTINGS[6:]]
+    command = [sys.executable, "-m", "pipeline", "featurize", "less", "--cache", str(tmp_path / "cache"), *table]
+    out, code = finish(start([*command, "--max-quarantined", "0.04"]))
+    assert code == 2, out
+    assert "error: 1 of 20 images cannot be used, more than the 4%" in out
+    (path,) = (tmp_path / "cache").glob("*@*/quarantine.jsonl")
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (row["image_id"], row["stage"], row["columns"]) == ("03", "decode", ["efficientnet-lite0.pooled"])
+    assert row["sha256"] == hashlib.sha256(b"LATER").hexdigest()
+    tars = sorted(path.parent.glob("efficientnet*/*.tar"))
+    before = [(tar.stat().st_ino, tar.read_bytes()) for tar in tars]
+    (plugins / "sitecustomize.py").write_text(LATER)
+    out, code = finish(start([*command, "--retry-quarantined"], PYTHONPATH=str(plugins)))
+    assert code == 0, out
+    assert "2 columns found, 1 rows to extract, 7 rows are known already" in out
+    assert "quarantined" not in out
+    assert path.read_text() == ""
+    after = [(tar.stat().st_ino, tar.read_bytes()) for tar in tars]
+    assert after[1:] == before[1:]
+    stride = 3584  # header, npy header and 1280 numbers, up to a multiple of 512
+    old, new = before[0][1], after[0][1]
+    assert (new[: 3 * stride], new[4 * stride :]) == (old[: 3 * stride], old[4 * stride :])
+    assert new[3 * stride : 4 * stride] != old[3 * stride : 4 * stride]

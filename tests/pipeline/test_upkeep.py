@@ -1,10 +1,12 @@
 """The `cache` commands on a real cache, as they are typed."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from featurize.index import open_dataset
+from featurize.manifest import read_manifest
 from featurize.upkeep import note_use
 from pipeline.__main__ import main
 
@@ -58,6 +60,19 @@ def test_ls_shows_what_is_there_and_who_used_it(cache, tmp_path, capsys):
     assert "unfinished" in words["later.pooled@00000000"]
 
 
+def test_ls_shows_what_is_damaged(cache, capsys):
+    (column(cache, "minilm.sentence") / "manifest.json").write_text("{")
+    assert type_in("cache", "ls", cache) == 0
+    out = capsys.readouterr().out
+    assert " damaged " in next(line for line in out.splitlines() if "minilm.sentence@" in line)
+    assert "50 rows" in next(line for line in out.splitlines() if "lexicon-en.lemmas@" in line)
+    (dataset_folder(cache) / "samples.parquet").unlink()
+    assert type_in("cache", "ls", cache) == 0
+    assert "  damaged: `python -m pipeline cache verify` tells more\n" in capsys.readouterr().out
+    assert type_in("cache", "verify", cache) == 1
+    assert "samples.parquet: not a readable index" in capsys.readouterr().out
+
+
 def test_verify_and_repair(cache, capsys):
     assert type_in("cache", "verify", cache) == 0
     assert "every shard is as its manifest says" in capsys.readouterr().out
@@ -95,6 +110,17 @@ def test_verify_describes_rows_again(cache, capsys):
         assert float(line.rpartition(" ")[2]) > 0.9999
 
 
+def test_other_libraries_are_named_beside_the_drift(cache, capsys):
+    folder = column(cache, "minilm.sentence")
+    manifest = read_manifest(folder)
+    replace(manifest, environment={**manifest.environment, "torch": "0.1"}).write(folder)
+    assert type_in("cache", "verify", cache, "--reextract", 1) == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith(str(folder)))
+    assert lines[place + 1] == f"  torch: 0.1, {manifest.environment['torch']} here"
+    assert sum(" here" in line for line in lines) == 1
+
+
 def test_drift_is_a_problem(cache, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.upkeep.DRIFT", 1.1)
     assert type_in("cache", "verify", cache, "--reextract", 1) == 1
@@ -130,3 +156,17 @@ def test_gc_shows_first_and_deletes_on_demand(cache, capsys):
     assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
     assert "freed " in capsys.readouterr().out
     assert not list(cache.glob("scenes@*"))
+
+
+def test_what_may_be_quarantined_is_said_in_short(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("pipeline.stages.featurize", lambda config: asked.append(config.featurize))
+    assert type_in("featurize", "less") == 0
+    assert type_in("featurize", "less", "--max-quarantined", "0.2", "--retry-quarantined") == 0
+    assert (
+        type_in("featurize", "less", "--featurize.max_quarantined", "1", "--featurize.retry_quarantined", "true") == 0
+    )
+    assert [(one.max_quarantined, one.retry_quarantined) for one in asked] == [(0.05, False), (0.2, True), (1.0, True)]
+    for share in ("5", "-0.1"):
+        assert type_in("featurize", "less", "--max-quarantined", share) == 2
+        assert f"max_quarantined: found {float(share)}, expected a share from 0 to 1" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from featurize.datasets.folder import read_folder
-from featurize.datasets.sample import DataError, Sample
+from featurize.datasets.sample import Sample
 
 
 def put(path, captions=None):
@@ -61,5 +61,13 @@ def test_a_name_that_is_not_utf8(tmp_path):
 def test_two_images_of_one_name(tmp_path):
     put(tmp_path / "train" / "a.png", b"one")
     put(tmp_path / "train" / "a.jpg")
-    with pytest.raises(DataError, match=r"train: duplicate image id 'a': 'a\.jpg' and 'a\.png'; rename one"):
-        list(read_folder(tmp_path))
+    (tmp_path / "train" / "a.txt").write_text("one")
+    put(tmp_path / "train" / "b.jpg")
+    (tmp_path / "train" / "b.txt").write_text("two")
+    first, second, other = read_folder(tmp_path)
+    assert [(s.image_id, s.captions, s.problem) for s in (first, other)] == [
+        ("train/a", ("one",), ""),
+        ("train/b", ("two",), ""),
+    ]
+    assert (second.image_id, second.image) == ("train/a", str(tmp_path / "train" / "a.png"))
+    assert second.problem == "duplicate image id: 'a.jpg' has it, 'a.png' has it too; rename one"
