@@ -145,7 +145,7 @@ SECTIONS: dict[str, list[Row]] = {
 
 def run_folder(row: Row, seed: int, runs: Path) -> Path:
     """Where a row's run with this seed is; its name tells all of its settings."""
-    changes = (f"{key.removeprefix('objective.')}={value}" for key, value in row.changes.items())
+    changes = (f"{key.removeprefix('objective.').removeprefix('model.')}={value}" for key, value in row.changes.items())
     return runs / "_".join([row.method, *changes, f"seed{seed}"])
 
 
