@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models
+from torch.overrides import TorchFunctionMode
 
 from featurize.columns import column_folder
 from featurize.datasets.sample import Sample
@@ -219,3 +220,21 @@ def bucket(s3, node):
     made = place(f"s3://bucket-{uuid.uuid4().hex}", ValueError)
     made.fs.mkdir(made.path)
     return made
+
+
+class Largest(TorchFunctionMode):
+    """Remembers the most elements that any tensor had."""
+
+    elements = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.fixture
+def largest():
+    """Entered, it watches all that torch computes."""
+    return Largest()

@@ -187,12 +187,18 @@ sys.exit(main({arguments(tmp_path / "cache", pictures)!r}))
         assert [Path(path).stat().st_ino, Path(path).stat().st_mtime_ns] == before
 
 
+def mounting(folder):
+    """What runs a shell script that may mount a file system on the folder."""
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*mount, f"mount -t tmpfs -o size=1m tmpfs {folder}"], check=False).returncode:
+        pytest.skip("this machine lets nobody mount a small file system")
+    return mount
+
+
 def test_a_full_disk(undisturbed, tmp_path):
     """The cache lies on a file system of its own that is too small at first."""
     pictures, expected = undisturbed
-    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*mount, f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"], check=False).returncode:
-        pytest.skip("this machine lets nobody mount a small file system")
+    mount = mounting(tmp_path)
     command = " ".join([sys.executable, "-m", "pipeline", *arguments(tmp_path, pictures)])
     kept = tmp_path.with_name("kept")
     script = f"""
@@ -220,9 +226,7 @@ def test_a_full_disk(undisturbed, tmp_path):
 def test_a_disk_without_any_room(undisturbed, tmp_path):
     """Not even the index fits."""
     pictures, _ = undisturbed
-    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*mount, f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"], check=False).returncode:
-        pytest.skip("this machine lets nobody mount a small file system")
+    mount = mounting(tmp_path)
     command = " ".join([sys.executable, "-m", "pipeline", *arguments(tmp_path, pictures)])
     out, code = finish(start([*mount, f"mount -t tmpfs -o size=8k tmpfs {tmp_path}; {command}"]))
     assert code == 2, out

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 import train.hosts.scan as scan_module
 from train.batches import Features
@@ -110,25 +109,13 @@ def test_what_a_block_needs_is_computed_again_and_not_kept(monkeypatch):
     assert sum(kept(compared)) > compared
 
 
-class Largest(TorchFunctionMode):
-    """Remembers the most elements that any tensor had."""
-
-    elements = 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.elements = max(self.elements, out.numel())
-        return out
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
-def test_no_more_is_compared_at_once_than_a_block_holds(direction, monkeypatch):
+def test_no_more_is_compared_at_once_than_a_block_holds(direction, monkeypatch, largest):
     model = build_host(replace(CONFIG, scan=replace(CONFIG.scan, direction=direction)), PARTS, PARTS)
     images, texts = model.embed_images(features(8, 9)), model.embed_texts(features(40, 5))
     monkeypatch.setattr(scan_module, "_BLOCK", 3000)
-    with Largest() as largest:
+    with largest:
         model.distances(images, texts)
     assert 8 * 9 * 5 * 5 < largest.elements <= 3000  # of 8 · 9 · 40 · 5
 
