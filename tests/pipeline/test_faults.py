@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -105,6 +106,33 @@ def kill_driver(process, cache):
     return done
 
 
+BEGUN = """
+import os, sys
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(".begun.tmp"):
+        with open(os.environ["BEGUN"], "a") as file:
+            file.write(f"{arguments[1]}\\n")
+sys.addaudithook(hook)
+"""
+
+
+def watched(folder):
+    """Environment in which every process notes the shards that it begins, in the file `begun` of the folder."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BEGUN)
+    return {"BEGUN": str(folder / "begun"), "PYTHONPATH": str(folder)}
+
+
+def check_recomputed(folder):
+    """Rows that were described more than once are those of one shard at most, of all rows."""
+    begun = Counter((folder / "begun").read_text().splitlines())
+    rows = {path: SHARD * (1 if "efficientnet" in path else CAPTIONS // IMAGES) for path in begun}
+    assert sum(rows.values()) == ROWS
+    recomputed = sum(rows[path] * (times - 1) for path, times in begun.items())
+    print(f"recomputed rows / all rows: {recomputed / ROWS:.2%}")
+    assert recomputed <= max(rows.values())
+
+
 def rows_of(record):
     return int(re.search(r'"rows": (\d+)', record.read_text())[1])
 
@@ -124,9 +152,10 @@ def check_restart(cache, pictures, done, expected, **environment):
 
 def test_a_killed_worker(undisturbed, tmp_path):
     pictures, expected = undisturbed
-    process = featurize(tmp_path, pictures)
-    wait_for(lambda: len(records(tmp_path)) >= 3, process)
-    before = records(tmp_path)
+    cache = tmp_path / "cache"
+    process = featurize(cache, pictures, **watched(tmp_path / "watched"))
+    wait_for(lambda: len(records(cache)) >= 3, process)
+    before = records(cache)
 
     def busy():
         children = psutil.Process(process.pid).children(recursive=True)
@@ -135,7 +164,8 @@ def test_a_killed_worker(undisturbed, tmp_path):
     wait_for(busy, process)[0].send_signal(signal.SIGKILL)
     out, code = finish(process)
     assert code == 0, out
-    assert files(tmp_path) == expected
+    check_recomputed(tmp_path / "watched")
+    assert files(cache) == expected
     tars = {record: record.with_suffix(".tar").stat() for record in before}
     assert {record: (status.st_ino, status.st_mtime_ns) for record, status in tars.items()} == before
 
@@ -149,6 +179,7 @@ def test_a_killed_driver(undisturbed, tmp_path):
 
 def test_a_node_that_is_lost(undisturbed, tmp_path):
     pictures, expected = undisturbed
+    environment = {**watched(tmp_path / "watched"), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     script = tmp_path / "lose_a_node.py"
     script.write_text(
         f"""
@@ -162,7 +193,7 @@ from pipeline.__main__ import main
 small = {{"object_store_memory": 100 * 2**20}}
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, **small}})
 lost, _ = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
-ray.init(cluster.address, runtime_env={{"env_vars": {{"PYTHONPATH": {str(ROOT)!r}}}}})
+ray.init(cluster.address, runtime_env={{"env_vars": {{"PYTHONPATH": {f"{ROOT}:{tmp_path / 'watched'}"!r}}}}})
 
 def lose():
     while len(records := list(Path({str(tmp_path)!r}).glob("cache/*@*/*@*/0*.json"))) < 5:
@@ -177,9 +208,10 @@ threading.Thread(target=lose, daemon=True).start()
 sys.exit(main({arguments(tmp_path / "cache", pictures)!r}))
 """
     )
-    out, code = finish(start([sys.executable, str(script)], RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0"))
+    out, code = finish(start([sys.executable, str(script)], **environment))
     assert code == 0, out
     assert "LOST" in out
+    check_recomputed(tmp_path / "watched")
     assert files(tmp_path / "cache") == expected
     finished = json.loads((tmp_path / "finished.json").read_text())
     assert len(finished) >= 5
