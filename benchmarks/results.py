@@ -4,9 +4,9 @@
                                  [--jobs 1]
 
 Features must be in the cache (`python -m pipeline featurize METHOD`). A finished run is never trained again and an
-interrupted one goes on, so the command may be stopped and typed again; rows without all their runs are left out. A
-section whose first row has no runs in `--runs` keeps the table that stands there. Everything is measured on the val
-part. Seconds are those of one of `--jobs` processes that share the machine's cores.
+interrupted one goes on, so the command may be stopped and typed again. With `--only` all other sections keep the tables
+that stand there. Everything is measured on the val part. Seconds are those of one of `--jobs` processes that share the
+machine's cores.
 """
 
 import argparse
@@ -156,6 +156,11 @@ def folders_of(row: Row, seeds: int, runs: Path) -> list[Path]:
     return [run_folder(row, seed, runs) for seed in range(seeds)]
 
 
+def asked(title: str, given: argparse.Namespace) -> bool:
+    """Whether a section is to be made."""
+    return given.only.lower() in title.lower()
+
+
 def finished(folder: Path) -> bool:
     """Whether a run came to its end."""
     return (folder / "report.html").exists()
@@ -222,17 +227,13 @@ def line(row: Row, folders: list[Path], first: list[Path]) -> str:
 
 
 def tables(given: argparse.Namespace, standing: str) -> Iterator[str]:
-    """The tables of all sections with finished runs, and of the others what stands in the file."""
+    """The tables of the sections that are asked for, and of the others what stands in the file."""
     earlier = {text.partition("\n")[0]: text.rstrip() for text in standing.split("### ")[1:]}
     for title, rows in SECTIONS.items():
-        done: list[tuple[Row, list[Path]]] = []
-        for row in rows:
-            folders = folders_of(row, given.seeds, given.runs.absolute())
-            if all(map(finished, folders)):
-                done.append((row, folders))
-        if done and done[0][0] is rows[0]:
+        if asked(title, given):
+            folders = [folders_of(row, given.seeds, given.runs.absolute()) for row in rows]
             yield from ["", f"### {title}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-            yield from (line(row, folders, done[0][1]) for row, folders in done)
+            yield from (line(row, own, folders[0]) for row, own in zip(rows, folders, strict=True))
         elif title in earlier:
             yield from ["", f"### {earlier[title]}"]
 
@@ -246,9 +247,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/results"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--only", default="", metavar="WORD", help="train only sections whose title holds this word")
+    parser.add_argument("--only", default="", metavar="WORD", help="make only the sections whose title holds this word")
     given = parser.parse_args()
-    wanted = [rows for title, rows in SECTIONS.items() if given.only.lower() in title.lower()]
+    wanted = [rows for title, rows in SECTIONS.items() if asked(title, given)]
     runs = given.runs.absolute()
     every = ((row, seed) for seed in range(given.seeds) for rows in wanted for row in rows if not row.joined)
     missing = {run_folder(*one, runs): one for one in every if not finished(run_folder(*one, runs))}

@@ -46,7 +46,7 @@ def test_single_modules_keep_the_recipes_values(method):
         assert sum(map(bool, (objective.erasing.weight, objective.bank.size, objective.infonce.hardness))) == parts
 
 
-def test_a_section_without_runs_keeps_its_table(tmp_path):
+def test_a_section_that_is_not_asked_for_keeps_its_table(tmp_path):
     standing = "\n\n### HIER\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n### A section of the past\n\n| c |\n\n"
-    found = list(tables(Namespace(seeds=3, runs=tmp_path), standing))
+    found = list(tables(Namespace(seeds=3, runs=tmp_path, only="a title that no section has"), standing))
     assert "\n".join(found) == "\n### HIER\n\n| a | b |\n|---|---|\n| 1 | 2 |"
