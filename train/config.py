@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Mining = Literal["hardest", "all", "weighted"]
-AggregatorName = Literal["mean", "max", "attention", "gpo", "netvlad", "memory"]
+AggregatorName = Literal["mean", "max", "attention", "gpo", "netvlad", "memory", "none"]
 ContextName = Literal["none", "bigru", "transformer", "graph"]
 
 
@@ -38,7 +38,10 @@ class TowerConfig:
     layers: int = field(default=1, metadata={"help": "layers of the context"})
     aggregator: AggregatorName = field(
         default="attention",
-        metadata={"help": "how parts become one vector: mean, max, attention, gpo, netvlad, memory (VSRN's GRU)"},
+        metadata={
+            "help": "how parts become one vector: mean, max, attention, gpo, netvlad, memory (VSRN's GRU); none: not "
+            "at all, the local space alone reads them"
+        },
     )
     heads: int = field(default=4, metadata={"help": "heads of the attention aggregator and of the transformer"})
     clusters: int = field(default=16, metadata={"help": "centres of the netvlad aggregator (quantization form A)"})

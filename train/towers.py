@@ -111,7 +111,8 @@ class Encoded:
 
     Attributes:
         whole: (N, E) what the branches say that see a row as a whole (vectors, bags); None without such branches.
-        parts: (N, K, E) parts in the joint part space, in their context; K = 0 without a part column.
+        parts: (N, K, P) parts in the joint part space, in their context; K = 0 without a part column, P = E if the
+            tower pools them.
         mask: (N, K) bool.
     """
 
@@ -131,7 +132,7 @@ class Tower(nn.Module):
         dim: E, dimensions of the joint space.
         dims: widths of the features.
         codebook: netvlad centres shared with the other tower, or None.
-        pooled: whether parts are pooled here; a cross-attending host compares them as they are.
+        part_dim: dimensions of parts that others read as they are; None: they are pooled here, in the joint space.
         blocks: of the joint space; see `ModelConfig.blocks`.
 
     Raises:
@@ -145,7 +146,7 @@ class Tower(nn.Module):
         dims: Dims,
         codebook: PartCodebook | None = None,
         *,
-        pooled: bool = True,
+        part_dim: int | None = None,
         blocks: int = 1,
     ) -> None:
         super().__init__()
@@ -158,14 +159,18 @@ class Tower(nn.Module):
                 f"found {blocks} blocks, dim {dim}, width {config.width} and part_width {config.part_width}; expected "
                 "at least 1 block, and widths that are multiples of their number"
             )
-        self.config, self.dim = config, dim
+        pooled = part_dim is None
+        self.config, self.part_dim = config, dim if part_dim is None else part_dim
         rooted = config.signed_sqrt
         self.standardise_vectors = Standardise(dims.vectors, signed_sqrt=rooted)
         self.standardise_parts = nn.ModuleList(Standardise(d, signed_sqrt=rooted) for d in dims.parts)
         self.vectors = ResidualMLP(dims.vectors, config.width, dim, config.dropout, blocks) if dims.vectors else None
         self.bags = nn.ModuleList(BagOfLemmas(words, dim, config.bag_dropout) for words in dims.words)
-        self.parts = nn.ModuleList(ResidualMLP(d, config.part_width, dim, config.dropout, blocks) for d in dims.parts)
-        self.context = build_context(config.context, dim, config.layers, config.heads) if dims.parts else None
+        self.parts = nn.ModuleList(
+            ResidualMLP(d, config.part_width, self.part_dim, config.dropout, blocks if pooled else 1)
+            for d in dims.parts
+        )
+        self.context = build_context(config.context, self.part_dim, config.layers, config.heads) if dims.parts else None
         self.aggregator = (
             build_aggregator(config.aggregator, dim, config.heads, config.clusters, codebook)
             if dims.parts and pooled
@@ -178,7 +183,7 @@ class Tower(nn.Module):
         if not self.parts:
             rows = len(features.vectors)
             device = features.vectors.device
-            nothing = torch.zeros(rows, 0, self.dim, device=device)
+            nothing = torch.zeros(rows, 0, self.part_dim, device=device)
             return Encoded(whole, nothing, torch.zeros(rows, 0, dtype=torch.bool, device=device))
         parts, mask = self.project_parts(features, noise)
         return Encoded(whole, parts if self.context is None else self.context(parts, mask), mask)
@@ -197,7 +202,7 @@ class Tower(nn.Module):
         return pooled if encoded.whole is None else encoded.whole + pooled
 
     def project_parts(self, features: Features, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """Parts of all columns in the joint part space, end to end: (N, K, E), zeros where masked, and their mask."""
+        """Parts of all columns in the joint part space, end to end: (N, K, P), zeros where masked, and their mask."""
         projected = []
         columns = zip(features.parts, features.masks, self.standardise_parts, self.parts, strict=True)
         for part, mask, standardise, project in columns:
@@ -205,8 +210,8 @@ class Tower(nn.Module):
             x = standardise(part[mask])  # (R, D)
             if noise is not None:
                 x = noise.dropout(x, self.config.input_dropout, owner)
-            real = project(x, noise, owner)  # (R, E)
-            projected.append(real.new_zeros(*mask.shape, self.dim).index_put((mask,), real))
+            real = project(x, noise, owner)  # (R, P)
+            projected.append(real.new_zeros(*mask.shape, self.part_dim).index_put((mask,), real))
         return torch.cat(projected, 1), torch.cat(features.masks, 1)
 
     def _whole(self, features: Features, noise: Noise | None) -> Tensor | None:

@@ -73,8 +73,8 @@ class CrossAttentionHost(Host):
                 f"found scan attention {config.scan.attention}, sharpness {config.scan.sharpness}, words "
                 f"{config.scan.words}; expected all above 0"
             )
-        self.image = Tower(config.image, config.dim, image, pooled=False)
-        self.text = Tower(config.text, config.dim, text, pooled=False)
+        self.image = Tower(config.image, config.dim, image, part_dim=config.dim)
+        self.text = Tower(config.text, config.dim, text, part_dim=config.dim)
 
     def finish_images(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
         """See `Host.finish_images`."""

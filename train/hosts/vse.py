@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from train.aggregators import NetVLAD
 from train.batches import Features
-from train.config import ModelConfig, SettingsError
+from train.config import ModelConfig, SettingsError, TowerConfig
 from train.embeddings import Distances, Embeddings
 from train.hosts.host import Host
 from train.local import ConceptQueries, combine
@@ -32,8 +32,8 @@ class DualEncoder(Host):
         text: widths of the caption features.
 
     Raises:
-        SettingsError: a local space without parts or without unit embeddings; a shared codebook without two towers that
-            have centres.
+        SettingsError: a local space without parts or without unit embeddings; parts that nothing reads; a shared
+            codebook without two towers that have centres.
     """
 
     indexable = True
@@ -51,8 +51,8 @@ class DualEncoder(Host):
                         "parts, aggregator netvlad and the same clusters for both, or model.shared_codebook false"
                     )
             codebook = PartCodebook(config.image.clusters, config.dim)
-        self.image = Tower(config.image, config.dim, image, codebook, blocks=config.blocks)
-        self.text = Tower(config.text, config.dim, text, codebook, blocks=config.blocks)
+        self.image = _tower("image", config.image, image, config, codebook)
+        self.text = _tower("text", config.text, text, config, codebook)
         self.image_local: ConceptQueries | None = None
         self.text_local: ConceptQueries | None = None
         if config.local.dim:
@@ -62,8 +62,8 @@ class DualEncoder(Host):
                     "model.image.parts (grid, cells), model.text.parts (tokens) and model.normalise, "
                     "or model.local.dim 0"
                 )
-            self.image_local = ConceptQueries(config.dim, config.local.queries, config.local.dim)
-            self.text_local = ConceptQueries(config.dim, config.local.queries, config.local.dim)
+            self.image_local = ConceptQueries(self.image.part_dim, config.local.queries, config.local.dim)
+            self.text_local = ConceptQueries(self.text.part_dim, config.local.queries, config.local.dim)
             self.register_buffer("share", torch.tensor(config.local.share))
 
     def _finish(self, vector: Tensor) -> Tensor:
@@ -110,12 +110,12 @@ class DualEncoder(Host):
         """Softmax over parts of x_k·e / √E, e being the partner's vector; see `Host.guidance`.
 
         Raises:
-            SettingsError: a modality has no parts.
+            SettingsError: a modality has no parts in its global vector.
         """
-        if not self.image.parts or not self.text.parts:
+        if self.image.aggregator is None or self.text.aggregator is None:
             raise SettingsError(
-                "erasing needs parts of images and of captions: set model.image.parts (grid, cells) and "
-                "model.text.parts (tokens), or objective.erasing.weight 0"
+                "erasing needs parts of images and of captions that are pooled: set model.image.parts (grid, cells), "
+                "model.text.parts (tokens) and an aggregator other than none for both, or objective.erasing.weight 0"
             )
 
         def attention(own: Encoded, partner: Embeddings) -> Tensor:
@@ -151,3 +151,20 @@ class DualEncoder(Host):
         else:
             for aggregator, sample in samples.items():
                 aggregator.initialise(sample)
+
+
+def _tower(name: str, own: TowerConfig, dims: Dims, config: ModelConfig, codebook: PartCodebook | None) -> Tower:
+    """A tower that pools its parts, or leaves them to the local space.
+
+    Raises:
+        SettingsError: there is no local space that reads them, or nothing is left for the global vector.
+    """
+    if not dims.parts or own.aggregator != "none":
+        return Tower(own, config.dim, dims, codebook, blocks=config.blocks)
+    if not config.local.dim or not (dims.vectors or dims.words):
+        raise SettingsError(
+            f"aggregator none leaves the parts of model.{name} to the local space: found model.local.dim "
+            f"{config.local.dim}, vectors of {dims.vectors} numbers and {len(dims.words)} bags; expected a local "
+            f"space, and vectors or bags for the global one, or another model.{name}.aggregator"
+        )
+    return Tower(own, config.dim, dims, part_dim=config.local.dim, blocks=config.blocks)

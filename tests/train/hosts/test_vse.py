@@ -105,6 +105,35 @@ def test_the_local_half_is_indexed_with_the_global_one():
     torch.testing.assert_close(views.local.norm(dim=1), torch.ones(5))
 
 
+BOTH = Dims(8, (6,))
+ASIDE = TowerConfig(width=16, parts=("grid",), aggregator="none")
+
+
+def test_parts_may_be_left_to_the_local_space():
+    config = ModelConfig(dim=12, blocks=2, image=ASIDE, text=ASIDE, local=LocalConfig(dim=5, queries=2))
+    model = DualEncoder(config, BOTH, BOTH).eval()
+    vectors = torch.randn(5, 8)
+    one, other = (Features(vectors, features.parts, features.masks) for features in (grid(), grid()))
+    for embed, tower in ((model.embed_images, model.image), (model.embed_texts, model.text)):
+        assert tower.encode(one, None).parts.shape == (5, 4, 5)
+        torch.testing.assert_close(embed(one).vector, embed(other).vector)
+        assert (embed(one).local - embed(other).local).norm(dim=1).min() > 1e-2
+    with pytest.raises(SettingsError, match=r"pooled: set .* an aggregator other than none for both"):
+        model(one, other, torch.arange(5), None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("local", "dims", "found"),
+    [
+        (LocalConfig(), BOTH, "found model.local.dim 0, vectors of 8 numbers and 0 bags"),
+        (LocalConfig(dim=4), PARTS, "found model.local.dim 4, vectors of 0 numbers and 0 bags"),
+    ],
+)
+def test_parts_that_nothing_reads_and_vectors_of_nothing_are_refused(local, dims, found):
+    with pytest.raises(SettingsError, match=f"aggregator none leaves the parts of model.text .*{found}; expected"):
+        DualEncoder(ModelConfig(dim=12, image=TOWER, text=ASIDE, local=local), PARTS, dims)
+
+
 def test_the_share_is_stored_with_the_model():
     model, other = local_model(0.25), local_model(0.5)
     other.load_state_dict(model.state_dict())
