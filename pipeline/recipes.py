@@ -138,7 +138,12 @@ RECIPES: dict[str, Recipe] = {
             f"described in {_HIER_SOURCE}.",
             replace(
                 _PARTS,
-                model=replace(_PARTS.model, local=LocalConfig(dim=256, queries=4)),
+                model=replace(
+                    _PARTS.model,
+                    local=LocalConfig(dim=256, queries=4),
+                    image=replace(_CELLS, aggregator="none"),
+                    text=replace(_TOKENS, aggregator="none"),
+                ),
                 objective=replace(_INFONCE, local=LocalLossConfig(weight=0.5)),
             ),
         ),

@@ -29,9 +29,9 @@ def run(tmp_path_factory, detector_file, ray_local):
     place = tmp_path_factory.mktemp("place")
     images = f"regions:fasterrcnn_mobilenet_v3_large_320_fpn@{detector_file}+k=6+score=0.3"
 
-    def train(method, parts):
+    def train(method, parts, *more):
         places = ["--cache", str(place / "cache"), "--runs", str(place / "runs"), "--name", method]
-        settings = [*SMALL, "--featurize.images", images, "--train.model.image.parts", parts]
+        settings = [*SMALL, "--featurize.images", images, "--train.model.image.parts", parts, *more]
         assert main(["run", method, *places, *settings]) == 0
         return place / "runs" / method
 
@@ -42,9 +42,17 @@ def rsum(folder):
     return json.loads((folder / "metrics.json").read_text())["rsum"]
 
 
-@pytest.mark.parametrize(("method", "parts"), [("sede-vse", "regions"), ("sede-vsrn", "placed"), ("hier", "regions")])
-def test_a_vector_of_regions_finds_its_own_picture(run, method, parts):
-    folder = run(method, parts)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sede-vse", "regions"),
+        ("sede-vsrn", "placed"),
+        ("hier", "regions", "--train.model.image.aggregator", "attention"),  # there is no other vector of the image
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_vector_of_regions_finds_its_own_picture(run, arguments):
+    folder = run(*arguments)
     assert math.isfinite(rsum(folder))
     searcher = Searcher.open(folder)
     reader = FeatureReader(searcher.inputs)
