@@ -88,7 +88,6 @@ def _sede(method: str) -> list[Row]:
 _PLAIN = {"objective.center.weight": "0", "objective.quantization.weight": "0"}
 _FIXED = {**_PLAIN, "objective.hinge.margin.form": "fixed"}
 _NO_CODES = {"objective.hinge.margin.form": "fixed", "objective.quantization.weight": "0"}
-_IN_BOTH = {"model.image.aggregator": "attention", "model.text.aggregator": "attention"}
 
 
 def _on_parts(aggregator: str) -> dict[str, str]:
@@ -131,11 +130,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("attention", "less", _on_parts("attention")),
         Row("GPO", "less", _on_parts("gpo")),
     ],
-    "HIER": [
-        Row("global space alone: `infonce`", "infonce"),
-        Row("global and local: `hier`", "hier"),
-        Row("parts in both spaces", "hier", _IN_BOTH),
-    ],
+    "HIER": [Row("global space alone: `infonce`", "infonce"), Row("global and local: `hier`", "hier")],
     "Storage of the features": [
         Row("float16: `infonce`", "infonce"),
         Row("float32", "infonce", {"featurize.storage": "float32"}),
