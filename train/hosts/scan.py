@@ -30,8 +30,9 @@ from train.towers import Dims, Encoded, Tower
 _BLOCK = 2**21
 """Numbers (N, K, M, L) that are compared at once: more are no faster, and fewer waste time on many small passes."""
 
-_KEPT = 2**22
-"""Numbers (N, K, M, L) whose passes are kept for the backward pass, some 200 MB; of more they are computed again."""
+_KEPT = 2**23
+"""Numbers (N, K, M, L), without padding, whose passes are kept for the backward pass, some 400 MB; of more they are
+computed again."""
 
 _TINY = 1e-8
 _FLOOR = 0.05
@@ -96,7 +97,7 @@ class CrossAttentionHost(Host):
         room = _BLOCK if image.parts.device.type == "cpu" else 16 * _BLOCK  # a GPU wants fewer and larger ones
         each = max(1, image.mask.numel() * text.mask.shape[1])  # numbers of one caption
         learns = torch.is_grad_enabled() and (image.parts.requires_grad or text.parts.requires_grad)
-        recompute = learns and each * len(order) > _KEPT
+        recompute = learns and image.mask.numel() * int(text.mask.sum()) > _KEPT
         found = []
         for rows in torch.split(order, max(1, room // each)):
             block = image.parts, image.mask, *_trimmed(text.parts[rows], text.mask[rows])
