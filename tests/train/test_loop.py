@@ -541,7 +541,7 @@ def test_what_rounding_drives_apart_meets_again_at_a_checkpoint(tiny_cache, tiny
         assert_identical(saved, read_state(tmp_path / rank)["objective"], rank)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 def test_two_ray_workers_follow_the_curve_of_one_process(tiny_cache, tiny_config, tmp_path, ray_local, method):
     """Half the batch each, all that a method remembers, dropout included; a batch of odd size is dealt unevenly."""
     config = replace(method_config(tiny_config, method), batch=23, epochs=2, cpus_per_worker=1)
