@@ -38,7 +38,7 @@ format: .venv/.ready ## rewrite the files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.ready ## ratios, each measured in one run: extraction, training step, ranks
+bench: .venv/.ready ## ratios, each measured in one run: extraction, its checks, caches elsewhere, imports, training, ranks
 	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 clean: ## remove what running made (not .venv)

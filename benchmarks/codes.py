@@ -1,6 +1,6 @@
 """What codes keep of the rSum: those of runs trained for them against FAISS PQ and OPQ and PCA-dealt PQ, fitted later.
 
-    python benchmarks/bench_codes.py RUN [RUN ...] --coded CODED_RUN [CODED_RUN ...] --split val
+    python benchmarks/codes.py RUN [RUN ...] --coded CODED_RUN [CODED_RUN ...] --split val
 
 Each RUN was trained without codes: its own rSum and that of every quantizer fitted to its training embeddings at 16, 32
 and 64 bytes. Each CODED_RUN was trained with `objective.quantization`: `fit_codebook` at its own bytes. Queries stay
