@@ -28,7 +28,7 @@ from featurize.config import FeaturizeConfig
 from featurize.datasets.sample import Sample
 from featurize.encoder import Output
 from featurize.index import Dataset, index
-from featurize.manifest import ShardRecord, identity
+from featurize.manifest import Modality, ShardRecord, identity
 from featurize.plan import PlannedColumn
 from featurize.shards import row_key, write_shard
 from train.batches import Batch, FeatureReader, Inputs
@@ -49,7 +49,7 @@ def write_cache(folder: Path) -> tuple[Dataset, list[PlannedColumn]]:
     samples = [Sample(f"{row}", str(picture), (f"caption {row}",), "train") for row in range(ROWS)]
     dataset = index(samples, "bench", folder, max_quarantined=0)
     rng = np.random.default_rng(0)
-    outputs = [
+    outputs: list[tuple[Modality, str, Output]] = [
         ("image", "one", Output("pooled", (1280,))),
         ("image", "two", Output("pooled", (1280,))),
         ("image", "one", Output("grid", (49, 1280))),

@@ -3,7 +3,7 @@
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -156,7 +156,7 @@ class _End:
         self.error = error
 
 
-def prefetch(items: Iterator[T], depth: int = 4) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = 4) -> Generator[T, None, None]:
     """Make items in a thread, up to `depth` ahead; an error there is raised here."""
     ready: queue.Queue[T | _End] = queue.Queue(depth)
     unwanted = threading.Event()
