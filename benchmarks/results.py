@@ -249,6 +249,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORD", help="make only the sections whose title holds this word")
     given = parser.parse_args()
     wanted = [rows for title, rows in SECTIONS.items() if asked(title, given)]
+    if not wanted:
+        parser.error(f"--only {given.only}: no section's title holds it; there are {', '.join(SECTIONS)}")
     runs = given.runs.absolute()
     every = ((row, seed) for seed in range(given.seeds) for rows in wanted for row in rows if not row.joined)
     missing = {run_folder(*one, runs): one for one in every if not finished(run_folder(*one, runs))}

@@ -133,9 +133,9 @@ RECIPES: dict[str, Recipe] = {
         ),
         _recipe_of(
             "hier",
-            "A local space beside the global one: learned concept queries over cells and tokens, taught by the words "
-            "that the captions of an image share. Both halves are one vector in one index. Implements the components "
-            f"described in {_HIER_SOURCE}.",
+            "A local space beside the global one: learned concept queries over cells and tokens, which it alone reads, "
+            "taught by the words that the captions of an image share. Both halves are one vector in one index. "
+            f"Implements the components described in {_HIER_SOURCE}.",
             replace(
                 _PARTS,
                 model=replace(

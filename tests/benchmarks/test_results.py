@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import SECTIONS, folders_of, tables
+from benchmarks.results import SECTIONS, folders_of, main, tables
 from pipeline.config import merge
 from pipeline.recipes import RECIPES
 
@@ -50,3 +50,10 @@ def test_a_section_that_is_not_asked_for_keeps_its_table(tmp_path):
     standing = "\n\n### HIER\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n### A section of the past\n\n| c |\n\n"
     found = list(tables(Namespace(seeds=3, runs=tmp_path, only="a title that no section has"), standing))
     assert "\n".join(found) == "\n### HIER\n\n| a | b |\n|---|---|\n| 1 | 2 |"
+
+
+def test_a_word_that_no_title_holds_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["results.py", "--root", "photographs", "--only", "vsrm"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--only vsrm: no section's title holds it; there are Baselines, " in capsys.readouterr().err

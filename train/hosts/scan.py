@@ -31,8 +31,8 @@ _BLOCK = 2**21
 """Numbers (N, K, M, L) that are compared at once: more are no faster, and fewer waste time on many small passes."""
 
 _KEPT = 2**23
-"""Numbers (N, K, M, L), without padding, whose passes are kept for the backward pass, some 400 MB; of more they are
-computed again."""
+"""Numbers (N, K, M, L), captions' padding aside, whose passes are kept for the backward pass, some 400 MB; of more they
+are computed again."""
 
 _TINY = 1e-8
 _FLOOR = 0.05
