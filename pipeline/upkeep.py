@@ -79,7 +79,7 @@ def check(cache: str, reextract: int) -> int:
     for problem in problems:
         print(problem)
     mend = "; `python -m pipeline cache repair` mends shards" if any(p.shard is not None for p in problems) else ""
-    print(f"{len(problems)} problems{mend}" if problems else "every shard is as its manifest says")
+    print(f"problems: {len(problems)}{mend}" if problems else "every shard is as its manifest says")
     return len(problems)
 
 
@@ -126,7 +126,7 @@ def repair(cache: str, ray: RayConfig) -> int:
         for problem in problems:
             print(f"left: {problem}")
         left += len(problems)
-    print(f"{left} problems are left" if left else "every shard is as its manifest says")
+    print(f"problems left: {left}" if left else "every shard is as its manifest says")
     return left
 
 

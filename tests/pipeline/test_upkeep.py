@@ -82,7 +82,7 @@ def test_verify_and_repair(cache, capsys):
     assert type_in("cache", "verify", cache) == 1
     out = capsys.readouterr().out
     assert f"{tar}: changed since it was written" in out
-    assert "1 problems; `python -m pipeline cache repair` mends shards" in out
+    assert "problems: 1; `python -m pipeline cache repair` mends shards" in out
     assert type_in("cache", "repair", cache) == 0
     out = capsys.readouterr().out
     assert "0 columns found, 20 rows to extract" in out
@@ -98,7 +98,7 @@ def test_what_repair_cannot_mend_is_left(cache, capsys):
     out = capsys.readouterr().out
     assert "left: " in out
     assert "manifest.json: damaged" in out
-    assert out.endswith("1 problems are left\n")
+    assert out.endswith("problems left: 1\n")
 
 
 def test_verify_describes_rows_again(cache, capsys):
