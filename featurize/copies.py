@@ -8,7 +8,7 @@ Three variables of the environment, for they differ from node to node:
 
     ISTHMUS_LOCAL        folder of the copies; without it isthmus-<user's number> in the system's temporary directory
     ISTHMUS_LOCAL_GIB    most that they take; 0: there is no disk, shards stream into memory; without it a tenth of the
-                         file system stays free
+                         file system stays free, but at most 10 GiB
     ISTHMUS_MEMORY_GIB   most that streamed shards take in the memory of a process; 1 without it
 
 A process that maps a copy holds a shared `flock` on it, which the system takes back when the process ends. What
@@ -40,7 +40,7 @@ from featurize.shards import Shard
 T = TypeVar("T")
 
 _GIB = 2**30
-_FREE = 0.1  # of the file system, where no limit is set
+_FREE, _MOST_FREE = 0.1, 10 * _GIB  # of the file system, where no limit is set
 _PIECE = 16 * 2**20  # bytes asked for at a time
 _TRIES = 3
 _MEND = "`python -m pipeline cache repair` makes it again"
@@ -60,7 +60,7 @@ class Node:
 
     Attributes:
         folder: of the copies.
-        disk: most bytes that they take; None: a tenth of the file system stays free.
+        disk: most bytes that they take; None: a tenth of the file system stays free, but at most 10 GiB.
         memory: most bytes of streamed shards that a process keeps.
     """
 
@@ -266,14 +266,21 @@ def _make_room(node: Node, size: int) -> None:
         if _lacks_room(node, taken, size) and path.suffix == ".tar" and _remove_if_unused(path):
             taken -= length
     if _lacks_room(node, taken, size):
-        raise NoRoomError(f"{node.folder}: {size} bytes do not fit beside the {taken} that are in use")
+        free = "" if node.disk is not None else f", with {_free(node)[0]} bytes free on the disk"
+        raise NoRoomError(f"{node.folder}: {size} bytes do not fit beside the {taken} that are in use{free}")
 
 
 def _lacks_room(node: Node, taken: int, size: int) -> bool:
     if node.disk is not None:
         return taken + size > node.disk
+    free, kept = _free(node)
+    return free - size < kept
+
+
+def _free(node: Node) -> tuple[int, float]:
+    """Bytes that are free on the file system of the copies, and how many of them stay free."""
     status = os.statvfs(node.folder)
-    return (status.f_bavail * status.f_frsize - size) < _FREE * status.f_blocks * status.f_frsize
+    return status.f_bavail * status.f_frsize, min(_FREE * status.f_blocks * status.f_frsize, _MOST_FREE)
 
 
 def _remove_if_unused(path: Path) -> bool:

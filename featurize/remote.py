@@ -5,6 +5,7 @@ What is open is kept for the whole process, by content: columns that are opened 
 
 import io
 import itertools
+import logging
 import os
 import resource
 import threading
@@ -23,6 +24,7 @@ from featurize.places import answering, read
 from featurize.shards import Array, Shard, ShardError
 from featurize.streams import StreamedShard, stream
 
+_log = logging.getLogger(__name__)
 _FETCHES = 4  # at a time
 _FEWEST = 16  # shards that are kept open, whatever the limits
 
@@ -33,6 +35,7 @@ class _Open:
     def __init__(self) -> None:
         self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._streamed = 0  # bytes
+        self._told = False
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -69,6 +72,17 @@ class _Open:
         with self._lock:
             self._shards.clear()
             self._streamed = 0
+            self._told = False
+
+    def tell(self, error: NoRoomError) -> None:
+        """Say, once, that shards stream for want of room."""
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%s: shards without a copy are fetched each time they are needed; ISTHMUS_LOCAL is their folder, "
+                "ISTHMUS_LOCAL_GIB its limit",
+                error,
+            )
 
     def _drop(self, sha256: str) -> None:
         shard = self._shards.pop(sha256, None)
@@ -165,8 +179,9 @@ def open_remote(node: Node, source: UPath, record: ShardRecord, *, ragged: bool)
     while node.disk != 0:
         try:
             shard = open_copy(node, source, record, ragged=ragged)
-        except NoRoomError:
+        except NoRoomError as error:
             if not OPEN.shrink():  # nothing of this process stands in the way
+                OPEN.tell(error)
                 break
         else:
             OPEN.keep(record.sha256, shard, node.memory)

@@ -202,14 +202,14 @@ def s3(s3_server, monkeypatch):
 
 @pytest.fixture
 def node(tmp_path, monkeypatch):
-    """This node's folder of copies, empty."""
+    """This node's folder of copies, empty, with room for what tests copy however full the disk is."""
     from featurize.remote import OPEN
 
     OPEN.clear()
     folder = tmp_path / "node"
     monkeypatch.setenv("ISTHMUS_LOCAL", str(folder))
-    for name in ("ISTHMUS_LOCAL_GIB", "ISTHMUS_MEMORY_GIB"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ISTHMUS_LOCAL_GIB", "1")
+    monkeypatch.delenv("ISTHMUS_MEMORY_GIB", raising=False)
     yield folder
     OPEN.clear()
 

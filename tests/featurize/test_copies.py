@@ -140,7 +140,7 @@ def test_int8_columns(bucket, node):
     np.testing.assert_allclose(pulled.gather(np.arange(3)), values, atol=2e-2)
 
 
-@pytest.mark.parametrize("gib", ["", "0"], ids=["copied", "streamed"])
+@pytest.mark.parametrize("gib", ["1", "0"], ids=["copied", "streamed"])
 def test_damage_is_refused_by_its_checksum(column, node, monkeypatch, gib):
     folder, manifest, _ = column
     monkeypatch.setenv("ISTHMUS_LOCAL_GIB", gib)
@@ -269,23 +269,32 @@ def test_a_copy_in_use_by_another_process_stays(column, node, monkeypatch):
     assert here(node) == [f"{manifest.shards[1].sha256}.tar"]
 
 
-def test_without_a_limit_a_tenth_of_the_disk_stays_free(column, node, monkeypatch):
+@pytest.mark.parametrize(("blocks", "kept"), [(1000, 100), (10**9, 10 * 2**20)], ids=["small", "large"])
+def test_without_a_limit_a_tenth_of_the_disk_stays_free_or_10_gib(column, node, monkeypatch, caplog, blocks, kept):
     folder, manifest, values = column
+    monkeypatch.delenv("ISTHMUS_LOCAL_GIB")
     real = os.statvfs
-    free = {"blocks": 1000, "available": 120}
+    free = [kept + 20]  # KiB
 
     def status(path):
-        found = real(path)
-        return os.statvfs_result((1024, 1024, free["blocks"], free["available"], free["available"], *found[5:10]))
+        return os.statvfs_result((1024, 1024, blocks, *free * 2, *real(path)[5:10]))
 
     monkeypatch.setattr(copies.os, "statvfs", status)
     pulled = opened(folder, manifest)
     pulled.row(0)  # 20 KiB to spare, a shard has less
     assert len(here(node)) == 1
-    free["available"] = 105
-    np.testing.assert_array_equal(pulled.row(8), values[8])
+    assert not caplog.messages
+    free[:] = [kept + 5]
+    for row in (8, 16):
+        np.testing.assert_array_equal(pulled.row(row), values[row])
     assert here(node) == []  # what was there had to go, and it did not help
-    assert manifest.shards[0].size > 5 * 1024
+    size = manifest.shards[1].size
+    assert size > 5 * 1024
+    assert caplog.messages == [
+        f"{node}: {size} bytes do not fit beside the 0 that are in use, with {(kept + 5) * 1024} bytes free on the "
+        "disk: shards without a copy are fetched each time they are needed; ISTHMUS_LOCAL is their folder, "
+        "ISTHMUS_LOCAL_GIB its limit"
+    ]
 
 
 def test_no_disk_at_all(column, ragged, node, monkeypatch):
