@@ -88,12 +88,22 @@ def _sede(method: str) -> list[Row]:
 _PLAIN = {"objective.center.weight": "0", "objective.quantization.weight": "0"}
 _FIXED = {**_PLAIN, "objective.hinge.margin.form": "fixed"}
 _NO_CODES = {"objective.hinge.margin.form": "fixed", "objective.quantization.weight": "0"}
+_READ = {"model.image.parts": "efficientnet-lite0.coarse", "model.text.parts": "minilm.tokens"}
 
 
 def _on_parts(aggregator: str) -> dict[str, str]:
     """The hinge alone on pooled vectors beside cells and tokens, which this aggregator pools."""
-    read = {"model.image.parts": "efficientnet-lite0.coarse", "model.text.parts": "tokens"}
-    return {**_FIXED, **read, "model.image.aggregator": aggregator, "model.text.aggregator": aggregator}
+    return {**_FIXED, **_READ, "model.image.aggregator": aggregator, "model.text.aggregator": aggregator}
+
+
+_LOCAL = {
+    **_READ,
+    "model.image.aggregator": "none",
+    "model.text.aggregator": "none",
+    "model.local.dim": "256",
+    "model.local.queries": "4",
+    "objective.local.weight": "0.5",
+}
 
 
 SECTIONS: dict[str, list[Row]] = {
@@ -102,6 +112,8 @@ SECTIONS: dict[str, list[Row]] = {
         Row("`isthmus`", "isthmus"),
         Row("one head instead of two", "isthmus", {"model.blocks": "1"}),
         Row("without the adaptive margin", "isthmus", {"objective.infonce.margin.form": "fixed"}),
+        Row("+ weighted InfoNCE", "isthmus", {"objective.infonce.hardness": "2"}),
+        Row("+ a local space", "isthmus", _LOCAL),
         Row("the runs of all seeds joined", "isthmus", joined=True),
     ],
     "LESS": _alone(
