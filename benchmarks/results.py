@@ -112,7 +112,6 @@ SECTIONS: dict[str, list[Row]] = {
         Row("`isthmus`", "isthmus"),
         Row("one head instead of two", "isthmus", {"model.blocks": "1"}),
         Row("without the adaptive margin", "isthmus", {"objective.infonce.margin.form": "fixed"}),
-        Row("+ weighted InfoNCE", "isthmus", {"objective.infonce.hardness": "2"}),
         Row("+ a local space", "isthmus", _LOCAL),
         Row("the runs of all seeds joined", "isthmus", joined=True),
     ],
