@@ -286,7 +286,9 @@ class TrainConfig:
     ema: float = field(
         default=0.998, metadata={"help": "decay of the weights' moving average, which begins shorter; 0: none"}
     )
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast in towers and losses"})
+    bf16: bool = field(
+        default=False, metadata={"help": "bfloat16 autocast in the towers, on devices that compute in it"}
+    )
     patience: int = field(default=0, metadata={"help": "epochs without a better val rSum before stopping; 0: never"})
     checkpoint_steps: int = field(
         default=0, metadata={"help": "also checkpoint every so many steps; 0: after each epoch only"}

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from featurize.encoder import usable_precision
 from featurize.shards import Array
 from train.batches import Batch, FeatureReader, Inputs
 from train.checkpoints import Checkpoints
@@ -241,6 +242,7 @@ class _Trainer:
         config = work.config
         self.work = work
         self.device = device
+        self.bf16 = config.bf16 and usable_precision("bfloat16", device) == "bfloat16"
         self.rank, workers = world()
         together = config.captions_per_image
         if together < 1 or config.batch // together < workers:
@@ -322,7 +324,7 @@ class _Trainer:
             return gather_embeddings(image, images)[owner], gather_embeddings(text, captions)
 
         keys: tuple[Embeddings, Embeddings] | None = None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             noises = noise, noise.over(len(draw.captions), own_captions)
             image, text, erased = self.model(batch.image, batch.text, batch.owner, noises, keep)
             if state.momentum is not None:
@@ -367,7 +369,7 @@ class _Trainer:
                 f"lower --train.lr, or look at the terms: {values}"
             )
         if self.rank == 0:
-            self.work.log(values, self.state.step)
+            self.work.log({**values, "train/bf16": float(self.bf16)}, self.state.step)
 
     def validate(self, epoch: int) -> dict[str, float]:
         """Validate on rank 0, tell the others, and note what it means for the run."""

@@ -351,13 +351,27 @@ def test_more_workers_than_pairs_are_refused(tiny_cache, tiny_config, tmp_path, 
     [{"ema": 0.0}, {"clip": 0.0}, {"bf16": True}, {"weight_decay": 0.5}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_options_of_optimisation_change_the_result(tiny_cache, tiny_config, tmp_path, changes):
+def test_options_of_optimisation_change_the_result(tiny_cache, tiny_config, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     train_here(make_work(tiny_cache, tiny_config, tmp_path / "a"), tmp_path / "a")
     train_here(make_work(tiny_cache, replace(tiny_config, **changes), tmp_path / "b"), tmp_path / "b")
     one, two = (last_state(tmp_path / name) for name in "ab")
     differing = [name for name, value in one["best_weights"].items() if not value.equal(two["best_weights"][name])]
     assert differing
     assert two["best"] > 150
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_only_where_the_device_computes_in_it(tiny_cache, tiny_config, tmp_path, monkeypatch, native):
+    """Emulated it takes several times as long as float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native, "avx2": True})
+    config = replace(tiny_config, epochs=1)
+    for name, bf16 in (("wide", False), ("asked", True)):
+        train_here(make_work(tiny_cache, replace(config, bf16=bf16), tmp_path / name), tmp_path / name)
+    wide, asked = (last_state(tmp_path / name)["best_weights"] for name in ("wide", "asked"))
+    assert all(value.equal(asked[name]) for name, value in wide.items()) != native
+    for name, told in (("wide", False), ("asked", native)):
+        assert set(LogFile(tmp_path / name / "log.jsonl").read("train/bf16").values()) == {float(told)}
 
 
 @pytest.mark.parametrize("aggregator", ["mean", "max", "attention", "gpo", "netvlad"])
