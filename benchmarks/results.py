@@ -138,8 +138,6 @@ SECTIONS: dict[str, list[Row]] = {
         Row("means of cells and of tokens", "less", _on_parts("mean")),
         Row("NetVLAD, a codebook each", "less", _on_parts("netvlad")),
         Row("NetVLAD, one codebook", "less", {**_on_parts("netvlad"), "model.shared_codebook": "true"}),
-        Row("attention", "less", _on_parts("attention")),
-        Row("GPO", "less", _on_parts("gpo")),
     ],
     "HIER": [Row("global space alone: `infonce`", "infonce"), Row("global and local: `hier`", "hier")],
     "Storage of the features": [
