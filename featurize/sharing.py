@@ -105,21 +105,39 @@ def _contents(dataset: Dataset, modality: Modality) -> list[tuple[str, str]]:
 
 def read_row(known: KnownRow) -> Array:
     """The values, a view of the mapped file."""
-    return _opened(known.donor).row(known.row)
+    return _opened(known.donor, _stamp(known.donor.path)).row(known.row)
+
+
+Stamp = tuple[int, ...]
+
+
+def _stamp(path: Place) -> Stamp:
+    """What changes with a local file's bytes, so that nothing is remembered of a file that was damaged or repaired."""
+    if not isinstance(path, Path):
+        return ()
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(donor: Donor) -> Shard:
+def _opened(donor: Donor, _stamp: Stamp) -> Shard:
     if isinstance(donor.path, Path):
         return Shard(donor.path, donor.record.rows, ragged=donor.ragged)
     return open_remote(Node.here(), donor.path, donor.record, ragged=donor.ragged)
 
 
-@functools.lru_cache(maxsize=4096)
 def is_sound(donor: Donor) -> bool:
     """Whether a shard still holds what its record says; damage is not handed on."""
     try:
-        _opened(donor)  # a remote one is compared when it is fetched
+        return _is_sound(donor, _stamp(donor.path))
+    except OSError:
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_sound(donor: Donor, stamp: Stamp) -> bool:
+    try:
+        _opened(donor, stamp)  # a remote one is compared when it is fetched
         return not isinstance(donor.path, Path) or sha256_of(donor.path) == donor.record.sha256
     except (ShardError, CacheError, OSError):
         return False

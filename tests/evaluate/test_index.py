@@ -38,8 +38,13 @@ def test_equals_faiss(cloud, k, tile):
     distances, rows = index_of(vectors).search(queries, k, tile=tile)
     assert distances.dtype == np.float32
     assert rows.dtype == np.int64
-    np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(distances, expected, atol=2e-6)
+    exact = np.square(queries[:, None].astype(np.float64) - vectors).sum(axis=2)  # (50, 1003)
+    differs = rows != expected_rows  # neighbours whose distances faiss rounds to the other order
+    assert differs.mean() < 1e-3
+    places = np.argwhere(differs)[:, 0]
+    np.testing.assert_allclose(exact[places, rows[differs]], exact[places, expected_rows[differs]], atol=2e-6)
+    assert all(len(set(found)) == k for found in rows.tolist())
 
 
 def test_distances_by_hand():
