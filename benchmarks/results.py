@@ -88,16 +88,17 @@ def _sede(method: str) -> list[Row]:
 _PLAIN = {"objective.center.weight": "0", "objective.quantization.weight": "0"}
 _FIXED = {**_PLAIN, "objective.hinge.margin.form": "fixed"}
 _NO_CODES = {"objective.hinge.margin.form": "fixed", "objective.quantization.weight": "0"}
-_READ = {"model.image.parts": "efficientnet-lite0.coarse", "model.text.parts": "minilm.tokens"}
 
 
 def _on_parts(aggregator: str) -> dict[str, str]:
     """The hinge alone on pooled vectors beside cells and tokens, which this aggregator pools."""
-    return {**_FIXED, **_READ, "model.image.aggregator": aggregator, "model.text.aggregator": aggregator}
+    read = {"model.image.parts": "efficientnet-lite0.coarse", "model.text.parts": "tokens"}
+    return {**_FIXED, **read, "model.image.aggregator": aggregator, "model.text.aggregator": aggregator}
 
 
 _LOCAL = {
-    **_READ,
+    "model.image.parts": "efficientnet-lite0.coarse",
+    "model.text.parts": "minilm.tokens",
     "model.image.aggregator": "none",
     "model.text.aggregator": "none",
     "model.local.dim": "256",

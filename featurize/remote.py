@@ -76,8 +76,9 @@ class _Open:
 
     def tell(self, error: NoRoomError) -> None:
         """Say, once, that shards stream for want of room."""
-        if not self._told:
-            self._told = True
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
             _log.warning(
                 "%s: shards without a copy are fetched each time they are needed; ISTHMUS_LOCAL is their folder, "
                 "ISTHMUS_LOCAL_GIB its limit",

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from featurize.columns import row_keys
 from featurize.copies import Node
@@ -22,6 +23,8 @@ from featurize.places import link as second_name
 from featurize.plan import PlannedColumn
 from featurize.remote import open_remote
 from featurize.shards import Array, Shard, ShardError
+
+Stamp: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,6 @@ def read_row(known: KnownRow) -> Array:
     return _opened(known.donor, _stamp(known.donor.path)).row(known.row)
 
 
-Stamp = tuple[int, ...]
-
-
 def _stamp(path: Place) -> Stamp:
     """What changes with a local file's bytes, so that nothing is remembered of a file that was damaged or repaired."""
     if not isinstance(path, Path):
@@ -120,7 +120,7 @@ def _stamp(path: Place) -> Stamp:
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(donor: Donor, _stamp: Stamp) -> Shard:
+def _opened(donor: Donor, stamp: Stamp) -> Shard:  # noqa: ARG001 - part of the cache's key
     if isinstance(donor.path, Path):
         return Shard(donor.path, donor.record.rows, ragged=donor.ragged)
     return open_remote(Node.here(), donor.path, donor.record, ragged=donor.ragged)
@@ -139,7 +139,7 @@ def _is_sound(donor: Donor, stamp: Stamp) -> bool:
     try:
         _opened(donor, stamp)  # a remote one is compared when it is fetched
         return not isinstance(donor.path, Path) or sha256_of(donor.path) == donor.record.sha256
-    except (ShardError, CacheError, OSError):
+    except (ShardError, CacheError):
         return False
 
 

@@ -40,11 +40,10 @@ def test_equals_faiss(cloud, k, tile):
     assert rows.dtype == np.int64
     np.testing.assert_allclose(distances, expected, atol=2e-6)
     exact = np.square(queries[:, None].astype(np.float64) - vectors).sum(axis=2)  # (50, 1003)
-    differs = rows != expected_rows  # neighbours whose distances faiss rounds to the other order
-    assert differs.mean() < 1e-3
-    places = np.argwhere(differs)[:, 0]
-    np.testing.assert_allclose(exact[places, rows[differs]], exact[places, expected_rows[differs]], atol=2e-6)
-    assert all(len(set(found)) == k for found in rows.tolist())
+    np.testing.assert_array_equal(rows, np.argsort(exact.astype(np.float32), axis=1, kind="stable")[:, :k])
+    np.testing.assert_allclose(  # faiss rounds what lies closer to the other order, on some processors
+        np.take_along_axis(exact, rows, 1), np.take_along_axis(exact, expected_rows, 1), atol=2e-6
+    )
 
 
 def test_distances_by_hand():
