@@ -108,7 +108,10 @@ _LOCAL = {
 
 
 SECTIONS: dict[str, list[Row]] = {
-    "Baselines": [Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix")],
+    "Baselines": [
+        *(Row(f"`{name}`", name) for name in ("infonce", "vse0", "vse++", "siglip", "fusemix")),
+        Row("`fusemix` without mixing", "fusemix", {"mixup": "0"}),
+    ],
     "The best vector": [
         Row("`isthmus`", "isthmus"),
         Row("one head instead of two", "isthmus", {"model.blocks": "1"}),

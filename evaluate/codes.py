@@ -1,10 +1,10 @@
-"""Product codes as they are searched: queries stay float, items are codes of S bytes (METHODS: LESS 2, form B).
+"""Product codes as they are searched: queries stay float, items are codes of S bytes (LESS 2, form B).
 
 The distance of a query to an item is that to the embedding which the item's code stands for, "asymmetric" in Jégou et
 al., Product Quantization for Nearest Neighbor Search, TPAMI 2011, section III-A: a sum over sub-spaces of numbers that
 are looked up in a table made once for each query.
 
-    codebook = open_codebook(run / "model")  # as training left it, of the index vectors of the training split
+    codebook = open_codebook(run / "model")  # fitted to index vectors of the training split when training had ended
     codes = encode(codebook, images)
     distances, rows = search_codes(codebook, captions, codes, k=10)
     faiss.write_index(to_faiss(codebook, codes), "images.faiss")

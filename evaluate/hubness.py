@@ -1,9 +1,9 @@
 """Hubness correction: items that are near to everything are set back by one stored number each.
 
 From each gallery item's score a · h is taken away, h = logsumexp over a bank of b · sim(item, bank) / b: a smooth
-maximum of the item's similarity to *training* queries of the other modality (METHODS, "Hubness correction"; a relative
-is querybank normalisation, Bogolin et al. CVPR 2022). sim = -d²/2, which for unit vectors is the cosine less one. Never
-fit it on the queries of the split that is measured, and report it beside the plain score, not instead.
+maximum of the item's similarity to *training* queries of the other modality (docs/methods.md, "Hubness correction"; a
+relative is querybank normalisation, Bogolin et al. CVPR 2022). sim = -d²/2, which for unit vectors is the cosine less
+one. Never fit it on the queries of the split that is measured, and report it beside the plain score, not instead.
 
 Because the bias belongs to the item, a corrected gallery is a plain gallery with one dimension more:
 

@@ -65,7 +65,18 @@ def rank_against(
 def rank_corrected(
     images: Tensor, captions: Tensor, caption_image: Tensor, tile: int, *, correction: HubnessCorrection
 ) -> tuple[Ranks, Ranks]:
-    """Ranks as `rank_vectors` gives them, with every gallery set back by its hubness."""
+    """Ranks as `rank_vectors` gives them, with every gallery set back by its hubness.
+
+    Args:
+        images: (N, E).
+        captions: (M, E).
+        caption_image: (M,) row of the image that each caption belongs to.
+        tile: rows scored at once.
+        correction: of the model that embedded them.
+
+    Returns:
+        Ranks of captions for images, and of images for captions.
+    """
     galleries = (
         augment_gallery(images, correction.bias(images, "images", tile)),
         augment_gallery(captions, correction.bias(captions, "captions", tile)),

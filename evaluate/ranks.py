@@ -2,7 +2,7 @@
 
 The score is always -d² (squared L2 distance), so smaller distances rank higher. Sorting M items to find the
 places of five is wasteful: a place is one plus the number of items in front, and counting those takes one
-comparison an item (METHODS, "Evaluation").
+comparison an item (docs/methods.md, "Evaluation").
 
 Legend: Q queries, M items, P relevant pairs, E embedding dimensions.
 """

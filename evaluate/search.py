@@ -52,6 +52,11 @@ class Hit:
 def build_index(model: Embedder, reader: FeatureReader, folder: Path) -> None:
     """Embed every image of the data set and write the index that searches them.
 
+    Args:
+        model: that embeds.
+        reader: of the columns that the model was trained on.
+        folder: that the index is written to; it is made.
+
     Raises:
         train.config.SettingsError: the host has no vectors to index.
     """
@@ -178,6 +183,9 @@ class Searcher:
             embeddings: of texts or pictures.
             k: images for each.
             corrected: whether images that are near to everything are set back; their distances grow.
+
+        Raises:
+            ValueError: the embeddings have other dimensions than the index, or k < 1.
         """
         if corrected:
             distances, rows = self.corrected_index.search(augment_queries(embeddings).numpy(), k)

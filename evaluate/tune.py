@@ -14,7 +14,7 @@ SHARES = tuple(step / 20 for step in range(20))
 
 @torch.no_grad()
 def tune_share(model: DualEncoder, images: Embeddings, captions: Embeddings, owner: Tensor, *, tile: int) -> float:
-    """The local half's share w of the similarity (METHODS: HIER) with the best rSum; the model keeps it.
+    """The local half's share w of the similarity (HIER) with the best rSum; the model keeps it.
 
     Args:
         model: with a local space.

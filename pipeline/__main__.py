@@ -57,6 +57,7 @@ examples:
 `{PROGRAM} COMMAND --help` explains a command; that of `run` lists all methods and settings.
 """
 
+EMPTY = "''"
 METHOD_HELP = "a method's name (see `run --help`) or a YAML file: changes to one, or a run's config.yaml"
 RUN_HELP = "a run's folder, its name below --runs, or latest"
 
@@ -213,7 +214,7 @@ def build_parser() -> _Parser:
         SUBMIT_HELP,
     )
     submit.keeps_unknown = True
-    submit.add_argument("--address", metavar="URL", help="the head's dashboard; see below")
+    submit.add_argument("--address", metavar="URL", help="the head's dashboard; see above")
     submit.add_argument("--python", default="python", help="the cluster's Python; default %(default)s")
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job's log")
     submit.set_defaults(command=_submit)
@@ -275,7 +276,7 @@ def _methods_text() -> str:
     for name, recipe in RECIPES.items():
         plain = {key.name: key.value for key in keys(RunConfig())}
         changed = [key for key in keys(recipe.config) if key.name != "method" and key.value != plain[key.name]]
-        text = f"{recipe.description} Changes: {', '.join(f'{key.name} {key.value}' for key in changed)}."
+        text = f"{recipe.description} Changes: {', '.join(f'{key.name} {key.value or EMPTY}' for key in changed)}."
         lines += [
             f"  {name}",
             *textwrap.wrap(text, 104, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False),
@@ -284,7 +285,7 @@ def _methods_text() -> str:
 
 
 def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> None:
-    """METHOD, --config and every setting; the settings are shown in one command's help only."""
+    """METHOD, --config and every setting; one command's help shows all of them, the others' what everybody needs."""
     parser.add_argument("recipe", nargs=None if required else "?", metavar="METHOD", help=METHOD_HELP)
     parser.add_argument(
         "--config",
@@ -294,7 +295,7 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
         help="a YAML file with changes to the method; may be repeated, and --key value comes after it",
     )
     if not list_keys:
-        parser.epilog = f"`--key value` changes a setting; `{PROGRAM} run --help` lists them all."
+        parser.epilog = f"Every other setting is `--key value` too; `{PROGRAM} run --help` lists them all."
     short = {
         "data.dataset": "--dataset",
         "data.root": "--root",
@@ -305,12 +306,13 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
         if key.section not in groups:
             groups[key.section] = parser.add_argument_group(key.section)
         text = f"{key.help}; default {key.value or 'empty'}".replace("%", "%%")
+        shown = list_keys or key.name in short or "." not in key.name
         groups[key.section].add_argument(
             *filter(None, (short.get(key.name), f"--{key.name}")),
             dest=key.name,
             default=argparse.SUPPRESS,
             metavar=key.type,
-            help=text if list_keys else argparse.SUPPRESS,
+            help=text if shown else argparse.SUPPRESS,
         )
     parser.add_argument(
         "--retry-quarantined",

@@ -70,7 +70,15 @@ class Validation:
 def fit_correction(
     model: Embedder, reader: FeatureReader, split: str, config: HubnessConfig, seed: int
 ) -> HubnessCorrection | None:
-    """The hubness correction of a model from queries of the training split; None if none is wanted or possible."""
+    """The hubness correction of a model from queries of the training split; None if none is wanted or possible.
+
+    Args:
+        model: trained.
+        reader: of the columns that it was trained on.
+        split: whose images and captions are the queries; never the one that is measured.
+        config: how many queries, strength and sharpness.
+        seed: of the choice of queries.
+    """
     if not config.queries or not model.indexable:
         return None
     rng = np.random.default_rng([seed, 5])

@@ -173,7 +173,7 @@ RECIPES: dict[str, Recipe] = {
             replace(_PARTS, model=replace(_PARTS.model, image=_REASONING), objective=_SEDE, epochs=8),
         ),
         _recipe_of(
-            "vse0", f"Sum of hinges over all negatives. {_VSEPP_SOURCE}.", replace(_POOLED, objective=_hinge("all"))
+            "vse0", f"Sum of hinges over all negatives. {_VSEPP_SOURCE}.", replace(_POOLED, objective=_hinge("sum"))
         ),
         _recipe_of(
             "vse++", f"Hinge over the hardest negative. {_VSEPP_SOURCE}.", replace(_POOLED, objective=_hinge("hardest"))

@@ -289,7 +289,7 @@ class FeatureReader:
         return tuple(Vocabulary.of(_lemmas(column, captions), size, min_frequency) for column in self._text_bags)
 
     def labels(self, split: str, size: int) -> tuple[Tensor, Tensor]:
-        """Labels that their captions' words give the images of a split (METHODS: HIER).
+        """Labels that their captions' words give the images of a split (HIER).
 
         Args:
             split: the one that is trained on; its captions choose the vocabulary.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-Mining = Literal["hardest", "all", "weighted"]
+Mining = Literal["hardest", "sum", "mean", "weighted"]
 AggregatorName = Literal["mean", "max", "attention", "gpo", "netvlad", "memory", "none"]
 ContextName = Literal["none", "bigru", "transformer", "graph"]
 
@@ -20,7 +20,8 @@ class TowerConfig:
         default=("pooled",), metadata={"help": "encoder outputs with one vector a row, joined side by side"}
     )
     parts: tuple[str, ...] = field(
-        default=(), metadata={"help": "encoder outputs with many parts a row (grid, regions, tokens); empty: none"}
+        default=(),
+        metadata={"help": "encoder outputs with parts (grid, coarse, regions, tokens) of a row; empty: none"},
     )
     bags: tuple[str, ...] = field(
         default=(), metadata={"help": "outputs with the words of a caption (lemmas; text only); empty: none"}
@@ -53,7 +54,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """A second, local space of the words' meaning beside the global one (METHODS: HIER)."""
+    """A second, local space of the words' meaning beside the global one (docs/methods.md, HIER)."""
 
     dim: int = field(default=0, metadata={"help": "L, dimensions of the local space; 0: there is none"})
     queries: int = field(default=8, metadata={"help": "P, learned concept queries over the parts of each modality"})
@@ -102,7 +103,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MarginConfig:
-    """The ranking term's margin, in squared distance (METHODS: LESS 4)."""
+    """The ranking term's margin, in squared distance (docs/methods.md, LESS 4)."""
 
     form: Literal["fixed", "A", "B", "C"] = field(
         default="A",
@@ -122,11 +123,13 @@ class HingeConfig:
     mining: Mining = field(
         default="hardest",
         metadata={
-            "help": "an anchor's violations become: the largest (hardest), their mean (all), "
+            "help": "an anchor's violations become: the largest (hardest), their sum (sum), their mean (mean), "
             "their mean weighted by their squares (weighted)"
         },
     )
-    warmup: float = field(default=0.1, metadata={"help": "share of training on all negatives before mining starts"})
+    warmup: float = field(
+        default=0.1, metadata={"help": "share of training on the mean before hardest or weighted begins"}
+    )
     margin: MarginConfig = field(default_factory=MarginConfig)
 
 
@@ -136,7 +139,7 @@ def _no_margin() -> MarginConfig:
 
 @dataclass(frozen=True)
 class InfoNCEConfig:
-    """Softmax over the batch (CLIP), negatives weighted by hardness if asked (METHODS: SEDE 3)."""
+    """Softmax over the batch (CLIP), negatives weighted by hardness if asked (docs/methods.md, SEDE 3)."""
 
     temperature: float = field(default=0.05, metadata={"help": "first value"})
     learn: bool = field(default=True, metadata={"help": "whether the temperature is learned"})
@@ -158,7 +161,7 @@ class SigLIPConfig:
 
 @dataclass(frozen=True)
 class BankConfig:
-    """Momentum memory banks (METHODS: SEDE 2)."""
+    """Momentum memory banks (docs/methods.md, SEDE 2)."""
 
     size: int = field(default=0, metadata={"help": "Q, keys kept of each modality; 0: no bank, no momentum network"})
     momentum: float = field(default=0.999, metadata={"help": "mu, how slowly the momentum network follows"})
@@ -167,7 +170,7 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class ErasingConfig:
-    """Attention-guided erasing (METHODS: SEDE 1)."""
+    """Attention-guided erasing (docs/methods.md, SEDE 1)."""
 
     weight: float = field(default=0.0, metadata={"help": "lambda of the term; 0: it is not built"})
     keep: float = field(
@@ -180,7 +183,7 @@ class ErasingConfig:
 
 @dataclass(frozen=True)
 class CenterConfig:
-    """Center loss (METHODS: LESS 3)."""
+    """Center loss (docs/methods.md, LESS 3)."""
 
     weight: float = field(default=0.0, metadata={"help": "lambda_c; 0: the term is not built"})
     concept: Literal["image", "cluster", "lexical"] = field(
@@ -205,7 +208,7 @@ class CenterConfig:
 
 @dataclass(frozen=True)
 class LocalLossConfig:
-    """What the local space learns from the captions' words (METHODS: HIER)."""
+    """What the local space learns from the captions' words (docs/methods.md, HIER)."""
 
     weight: float = field(default=0.0, metadata={"help": "weight of the term; 0: it is not built"})
     tau: float = field(default=0.1, metadata={"help": "temperature of the similarity of local embeddings"})
@@ -218,7 +221,7 @@ class LocalLossConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Differentiable product codes on the embedding (METHODS: LESS 2, form B)."""
+    """Differentiable product codes on the embedding (docs/methods.md, LESS 2, form B)."""
 
     weight: float = field(default=0.0, metadata={"help": "lambda_q; 0: the term is not built"})
     start: float = field(default=0.15, metadata={"help": "share of training after which the codebook is made"})

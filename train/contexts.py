@@ -94,7 +94,7 @@ class GraphReasoning(Context):
 
     In each layer V ← V + W_r (R (V W_g)) with R = softmax(θ(V) φ(V)ᵀ / √D) over the real parts: the fully connected
     graph of parts, edges by affinity. W_r starts at zero, so training starts from the parts as they are. VSRN divides
-    by the number of regions where METHODS and we take the softmax; the scale 1/√D is ours.
+    by the number of regions where we take the softmax; the scale 1/√D is ours.
 
     Args:
         dim: D.

@@ -1,6 +1,6 @@
 """What training makes of the captions' lemmas: a vocabulary, a bag-of-lemmas branch, labels of images.
 
-Implements the bag-of-lemmas branch and the labels from words that METHODS describes (HIER: Sun, Qin, Liu, Intelligent
+Implements the bag-of-lemmas branch and the labels from words (docs/methods.md; HIER: Sun, Qin, Liu, Intelligent
 Data Analysis 28, 2024). Lemmas come as ids, see `featurize.texts.lexicon`.
 
 Legend: N captions, L slots for the lemmas of each, T lemmas of all captions, V lemmas in the vocabulary, E dimensions.
@@ -149,7 +149,7 @@ class BagOfLemmas(nn.Module):
 
 
 def image_labels(lemmas: Lemmas, caption_image: Array, images: int, vocabulary: Vocabulary) -> Tensor:
-    """How often the captions of each image use each lemma; above 0 it is a label of the image (METHODS: HIER, y_i).
+    """How often the captions of each image use each lemma; above 0 it is a label of the image (HIER).
 
     Args:
         lemmas: of N captions.

@@ -1,4 +1,4 @@
-"""The local space: what an image shows and a caption says, word by word, as one vector (METHODS: HIER).
+"""The local space: what an image shows and a caption says, word by word, as one vector (HIER).
 
 Learned queries, one for each kind of thing to look for, attend over the parts of an image or a caption. The local half
 joins the global one in a single vector, so that search needs no cross-attention.

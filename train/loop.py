@@ -33,6 +33,7 @@ from train.losses.objective import Objective
 from train.memory import EmbeddingShape
 from train.mixup import Mixup, check_mixup, mix
 from train.noise import Noise
+from train.quantize import PartCodebook
 from train.schedule import Draw, Schedule, prefetch, windows
 from train.state import TrainState
 from train.targets import Targets
@@ -45,7 +46,7 @@ Log = Callable[[Mapping[str, float], int], None]
 
 
 class DivergenceError(ArithmeticError):
-    """The loss is not finite any more; the message holds its terms."""
+    """The loss, whose terms the message holds, or a weight is not finite any more."""
 
 
 class Progress(Protocol):
@@ -96,9 +97,10 @@ def _fingerprint(work: Work) -> dict[str, Any]:
 
 
 def _parameter_groups(modules: list[nn.Module], decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices of the towers only."""
+    """Weight decay for matrices of the towers only; centres of parts are points, and not to be drawn to the origin."""
     parameters = [p for module in modules for p in module.parameters()]
-    matrices = [p for p in modules[0].parameters() if p.ndim >= 2]
+    points = {id(part.centres) for part in modules[0].modules() if isinstance(part, PartCodebook)}
+    matrices = [p for p in modules[0].parameters() if p.ndim >= 2 and id(p) not in points]
     chosen = {id(p) for p in matrices}
     return [
         {"params": matrices, "weight_decay": decay},
@@ -183,7 +185,7 @@ def train_worker(
 
     Raises:
         SettingsError: the global batch is smaller than the number of workers.
-        DivergenceError: the loss is not finite.
+        DivergenceError: the loss or a weight is not finite.
     """
     trainer = _Trainer(work, device)
     state, epochs = trainer.state, work.config.epochs
@@ -193,6 +195,7 @@ def train_worker(
     begun = time.monotonic() - state.seconds
 
     def save() -> None:
+        trainer.require_finite()
         state.seconds = time.monotonic() - begun
         share_buffers(state.objective)  # so that every worker goes on from what is saved
         if trainer.rank == 0:
@@ -370,6 +373,17 @@ class _Trainer:
             )
         if self.rank == 0:
             self.work.log({**values, "train/bf16": float(self.bf16)}, self.state.step)
+
+    def require_finite(self) -> None:
+        """Refuse to keep weights that nothing can go on from.
+
+        Raises:
+            DivergenceError: one of them is not finite.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self.state.model.parameters()):
+            raise DivergenceError(
+                f"weights are not finite any more at step {self.state.step}, which is not saved; lower --train.lr"
+            )
 
     def validate(self, epoch: int) -> dict[str, float]:
         """Validate on rank 0, tell the others, and note what it means for the run."""

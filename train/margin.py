@@ -1,6 +1,6 @@
 """The margin of a ranking loss: fixed, following the gap that training has opened, or shaped by caption similarity.
 
-Implements the adaptive margin that LESS describes (Malali & Keller, TPAMI 2022; METHODS: LESS 4), in squared
+Implements the adaptive margin that LESS describes (Malali & Keller, TPAMI 2022; docs/methods.md, LESS 4), in squared
 distance:
 
 - fixed: m = start
@@ -24,7 +24,7 @@ class Margin(nn.Module):
     It moves in training mode only, and not on a batch without negatives.
 
     Raises:
-        SettingsError: on a weight, decay or range that forms A and C cannot use.
+        SettingsError: on a negative start, and a weight, decay or range that forms A and C cannot use.
     """
 
     average: Tensor
@@ -34,6 +34,8 @@ class Margin(nn.Module):
         self.config = config
         self.adaptive = config.form in ("A", "C")
         self.pairwise = config.form in ("B", "C")
+        if config.start < 0:
+            raise SettingsError(f"found margin start {config.start}; expected 0 or more")
         if self.adaptive:
             if config.weight <= 0 or not 0 <= config.decay < 1 or config.low > config.high:
                 raise SettingsError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from train.config import SettingsError
 from train.embeddings import Distances, Embeddings
+from train.losses.distances import share_no_image
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class MemoryBank(nn.Module):
         return to_texts, to_images
 
     def negatives(self, image_ids: Tensor, mixed_ids: Tensor) -> Tensor:
-        """Which keys are negatives of these pairs: those of other images, mixed with other images.
+        """Which keys are negatives of these pairs: see `share_no_image`.
 
         Args:
             image_ids: (B,) int64.
@@ -132,7 +133,7 @@ class MemoryBank(nn.Module):
             (B, F) bool.
         """
         count = self.filled
-        return (image_ids[:, None] != self.image_ids[:count]) & (mixed_ids[:, None] != self.mixed_ids[:count])
+        return share_no_image(image_ids, mixed_ids, self.image_ids[:count], self.mixed_ids[:count])
 
     @torch.no_grad()
     def enqueue(self, image: Embeddings, text: Embeddings, image_ids: Tensor, mixed_ids: Tensor) -> None:

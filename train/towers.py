@@ -1,4 +1,4 @@
-"""Towers: frozen features of an image or a caption become parts and one vector of the joint space (METHODS: Towers)."""
+"""Towers: frozen features of an image or a caption become parts and one vector of the joint space."""
 
 from dataclasses import dataclass
 

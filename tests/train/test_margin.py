@@ -110,3 +110,9 @@ def test_forms_of_captions_need_their_vectors():
 def test_settings_that_form_a_cannot_use_are_refused(wrong):
     with pytest.raises(ValueError, match=r"margin form A: found weight .* expected weight > 0"):
         Margin(MarginConfig(form="A", **wrong))
+
+
+@pytest.mark.parametrize("form", ["fixed", "A", "B", "C"])
+def test_a_negative_start_is_refused(form):
+    with pytest.raises(ValueError, match=r"found margin start -0\.1; expected 0 or more"):
+        Margin(MarginConfig(form=form, start=-0.1))

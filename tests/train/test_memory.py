@@ -71,6 +71,8 @@ def test_keys_of_the_same_image_or_mixed_with_the_same_are_no_negatives():
     enqueue(bank, 1, 2, 3)  # mixed with 101, 102, 103
     found = bank.negatives(torch.tensor([1, 9, 2, 9]), torch.tensor([50, 103, 101, 50]))
     assert found.tolist() == [[False, True, True], [True, True, False], [False, False, True], [True, True, True]]
+    crossed = bank.negatives(torch.tensor([101, 9]), torch.tensor([9, 2]))
+    assert crossed.tolist() == [[False, True, True], [True, False, True]]
 
 
 def test_distances_are_to_the_batchs_keys_and_then_to_the_remembered():

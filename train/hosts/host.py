@@ -76,7 +76,7 @@ class Host(Embedder):
         raise NotImplementedError
 
     def finish_texts(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
-        """Embeddings from what the text tower encoded; of the parts in `mask` (N, K) only, if one is given."""
+        """Embeddings from what `encode_texts` gave; of the parts in `mask` (N, K) only, if one is given."""
         raise NotImplementedError
 
     def spaces(self) -> list[Distances]:
@@ -93,13 +93,17 @@ class Host(Embedder):
         """
         raise NotImplementedError
 
+    def encode_texts(self, features: Features, noise: Noise | None = None) -> Encoded:
+        """N captions before they are pooled or compared; `noise` only while training."""
+        return self.text.encode(features, noise)
+
     def embed_images(self, features: Features, noise: Noise | None = None) -> Embeddings:
         """See `Embedder.embed_images`; `noise` only while training."""
         return self.finish_images(self.image.encode(features, noise))
 
     def embed_texts(self, features: Features, noise: Noise | None = None) -> Embeddings:
         """See `Embedder.embed_texts`; `noise` only while training."""
-        return self.finish_texts(self.text.encode(features, noise))
+        return self.finish_texts(self.encode_texts(features, noise))
 
     def forward(
         self,
@@ -122,7 +126,7 @@ class Host(Embedder):
             G images, B captions, and the erased views of B pairs or None.
         """
         image_noise, text_noise = noise or (None, None)
-        images, texts = self.image.encode(image, image_noise), self.text.encode(text, text_noise)
+        images, texts = self.image.encode(image, image_noise), self.encode_texts(text, text_noise)
         embedded = self.finish_images(images), self.finish_texts(texts)
         if keep is None:
             return *embedded, None

@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from train.batches import Features
 from train.config import ModelConfig, SettingsError
 from train.contexts import real_first, take
 from train.embeddings import Embeddings
 from train.hosts.host import Host
+from train.noise import Noise
 from train.towers import Dims, Encoded, Tower
 
 _BLOCK = 2**21
@@ -81,11 +83,17 @@ class CrossAttentionHost(Host):
         """See `Host.finish_images`."""
         return _parts(encoded.parts, encoded.mask if mask is None else mask)
 
+    def encode_texts(self, features: Features, noise: Noise | None = None) -> Encoded:
+        """See `Host.encode_texts`; real words come first, and are cut or padded to `scan.words`."""
+        encoded = self.text.encode(features, noise)
+        order = real_first(encoded.mask)[:, : self.config.scan.words]
+        room = self.config.scan.words - order.shape[1]
+        words, mask = take(encoded.parts, order), encoded.mask.gather(1, order)
+        return Encoded(encoded.whole, F.pad(words, (0, 0, 0, room)), F.pad(mask, (0, room)))
+
     def finish_texts(self, encoded: Encoded, mask: Tensor | None = None) -> Embeddings:
-        """See `Host.finish_texts`; captions are cut or padded to `scan.words` parts."""
-        room = self.config.scan.words - encoded.parts.shape[1]
-        mask = encoded.mask if mask is None else mask
-        return _parts(F.pad(encoded.parts, (0, 0, 0, room)), F.pad(mask, (0, room)))  # a negative pad cuts
+        """See `Host.finish_texts`."""
+        return _parts(encoded.parts, encoded.mask if mask is None else mask)
 
     def distances(self, image: Embeddings, text: Embeddings) -> Tensor:
         """2 - 2 s for N images and M captions: (N, M) in [0, 4]."""
@@ -151,8 +159,6 @@ class CrossAttentionHost(Host):
         dots = (parts.parts @ words.parts.mT)[:, :, None]  # (B, K, 1, L), each image with its caption
         over_parts = _mean_attention(self.attention(dots, parts.mask), words.mask)
         over_words = _mean_attention(self.attention(dots.permute(0, 3, 2, 1), words.mask), parts.mask)
-        length = text.mask.shape[1]
-        over_words = F.pad(over_words, (0, length - over_words.shape[1]))  # words that were cut get no attention
         return over_parts * image.mask, over_words * text.mask
 
     def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:

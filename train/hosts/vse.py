@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.aggregators import NetVLAD
+from train.aggregators import Aggregator, NetVLAD
 from train.batches import Features
 from train.config import ModelConfig, SettingsError, TowerConfig
 from train.embeddings import Distances, Embeddings
@@ -107,7 +107,10 @@ class DualEncoder(Host):
         return [partial(within, block) for block in range(count)]
 
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
-        """Softmax over parts of x_k·e / √E, e being the partner's vector; see `Host.guidance`.
+        """Softmax over parts of pool(x_k)·e / √E, e being the partner's vector; see `Host.guidance`.
+
+        pool(x_k) is what the aggregator makes of part k alone: the part itself where parts are weighted and summed, and
+        its like in the joint space where they are not (`netvlad`, `memory`).
 
         Raises:
             SettingsError: a modality has no parts in its global vector.
@@ -118,12 +121,20 @@ class DualEncoder(Host):
                 "model.text.parts (tokens) and an aggregator other than none for both, or objective.erasing.weight 0"
             )
 
-        def attention(own: Encoded, partner: Embeddings) -> Tensor:
-            told = partner.vector.to(own.parts.dtype)[..., None]
-            scores = (own.parts @ told).squeeze(2).float() / math.sqrt(own.parts.shape[2])
+        def attention(own: Encoded, aggregator: Aggregator, partner: Embeddings) -> Tensor:
+            """(B, K)."""
+            width = own.parts.shape[2]
+            scores = partner.vector.new_zeros(own.mask.shape)
+            for k in own.mask.any(0).nonzero()[:, 0].tolist():  # one after the other: netvlad makes M·E numbers of each
+                real = own.mask[:, k]
+                alone = aggregator(own.parts[real, k, None], real[real][:, None])  # (R, E)
+                scores[real, k] = (alone.float() * partner.vector[real]).sum(1) / math.sqrt(width)
             return scores.masked_fill(~own.mask, torch.finfo(scores.dtype).min).softmax(1) * own.mask
 
-        return attention(image, embedded[1]), attention(text, embedded[0])
+        return (
+            attention(image, self.image.aggregator, embedded[1]),
+            attention(text, self.text.aggregator, embedded[0]),
+        )
 
     def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:
         """Means of both halves, of unit length again where the model normalises."""

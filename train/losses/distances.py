@@ -65,8 +65,26 @@ def pair_distances(distances: Distances, image: Embeddings, text: Embeddings, bl
     return torch.cat([pairs_from(first) for first in range(0, len(image), block)])
 
 
+def share_no_image(image_ids: Tensor, mixed_ids: Tensor, others: Tensor, mixed_others: Tensor) -> Tensor:
+    """Which rows are negatives: those that have no image in common, neither shown nor mixed in.
+
+    Args:
+        image_ids: (B,) int64.
+        mixed_ids: (B,) int64, `image_ids` again where nothing is mixed.
+        others: (N,) int64, images of the candidates.
+        mixed_others: (N,) int64.
+
+    Returns:
+        (B, N) bool.
+    """
+    apart = image_ids[:, None] != others
+    for one, other in ((image_ids, mixed_others), (mixed_ids, others), (mixed_ids, mixed_others)):
+        apart &= one[:, None] != other
+    return apart
+
+
 def negative_pairs(image_ids: Tensor, mixed_ids: Tensor) -> Tensor:
-    """Which pairs (i, j) are negatives: those that show different images and are mixed with different images.
+    """Which pairs (i, j) of a batch are negatives: see `share_no_image`.
 
     Args:
         image_ids: (B,) int64.
@@ -75,7 +93,7 @@ def negative_pairs(image_ids: Tensor, mixed_ids: Tensor) -> Tensor:
     Returns:
         (B, B) bool, symmetric, False on the diagonal.
     """
-    return (image_ids[:, None] != image_ids) & (mixed_ids[:, None] != mixed_ids)
+    return share_no_image(image_ids, mixed_ids, image_ids, mixed_ids)
 
 
 def both_directions(rank: Rank, distances: Tensor, negatives: Tensor, margin: Tensor) -> Tensor:

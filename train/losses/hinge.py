@@ -1,15 +1,15 @@
-"""Hinge over squared distances: VSE0 and VSE++ with a margin that may adapt (LESS 4).
+"""Hinge over squared distances: VSE0 and VSE++ with a margin that may adapt, as in LESS.
 
 An anchor i with its partner at d²_i and a negative j violates by h_ij = [m_ij + d²_i - d²_ij]₊. `hardest` takes each
-anchor's largest violation (the max of hinges, VSE++, Faghri et al., BMVC 2018, equation 6), `all` the mean over the
-negatives that violate, `weighted` (ours) that mean with weights h_ij², held constant, which is between the two. `all`
-stands for their baseline VSE0, the sum of hinges (equation 5), divided by the number of violations: unlike the sum it
-is of the order of the largest violation whatever the batch, so the gradient keeps its size when the warm-up ends.
+anchor's largest violation (the max of hinges, VSE++, Faghri et al., BMVC 2018, equation 6), `sum` adds all of them up
+(their baseline VSE0, equation 5), `mean` (ours) is the mean over the negatives that violate, and `weighted` (ours)
+weights that mean by h_ij², held constant. The last two are of the order of the largest violation whatever the batch, so
+the gradient keeps its size when a warm-up on the mean ends.
 """
 
 from torch import Tensor, nn
 
-from train.config import HingeConfig, Mining
+from train.config import HingeConfig, Mining, SettingsError
 from train.margin import Margin
 
 
@@ -29,15 +29,23 @@ def hinge(positive: Tensor, distances: Tensor, negatives: Tensor, margin: Tensor
     violation = (margin + positive[:, None] - distances).clamp_min(0.0).masked_fill(~negatives, 0.0)  # (B, N)
     if mining == "hardest":
         return violation.amax(1).mean()
+    if mining == "sum":
+        return violation.sum(1).mean()
     weight = violation.detach() ** 2 if mining == "weighted" else (violation > 0).float()
     return ((weight * violation).sum(1) / weight.sum(1).clamp_min(1e-12)).mean()
 
 
 class HingeLoss(nn.Module):
-    """The hinge with its margin and its warm-up on all negatives."""
+    """The hinge with its margin and its warm-up on the mean over all negatives.
+
+    Raises:
+        SettingsError: on a warm-up that is no share of training, and see `Margin`.
+    """
 
     def __init__(self, config: HingeConfig) -> None:
         super().__init__()
+        if not 0 <= config.warmup <= 1:
+            raise SettingsError(f"found hinge warmup {config.warmup}; expected a share of training, 0 to 1")
         self.config = config
         self.margin = Margin(config.margin)
 
@@ -51,10 +59,11 @@ class HingeLoss(nn.Module):
             distances: (B, N) squared distances to the candidates.
             negatives: (B, N) bool.
             margin: a scalar or (B, N).
-            progress: share of training done, 0 to 1; below `warmup`, all negatives count.
+            progress: share of training done, 0 to 1; below `warmup` nothing is mined or weighted.
 
         Returns:
             A scalar, at least 0.
         """
-        mining = self.config.mining if progress >= self.config.warmup else "all"
+        waits = self.config.mining in ("hardest", "weighted") and progress < self.config.warmup
+        mining: Mining = "mean" if waits else self.config.mining
         return hinge(positive, distances, negatives, margin, mining)

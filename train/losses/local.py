@@ -1,4 +1,4 @@
-"""Local loss: local embeddings of images and captions are as similar as the words that describe them (METHODS: HIER).
+"""Local loss: local embeddings of images and captions are as similar as the words that describe them (HIER).
 
 With r the idf-weighted Jaccard similarity of the images' words, and l the unit local embeddings,
 

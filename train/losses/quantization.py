@@ -12,8 +12,9 @@ b (caption): the symmetric cross-entropy -½ (Σ_m a_m log b_m + Σ_m b_m log a_
 sub-spaces.
 
 The codebook starts when training is under way: from `start` on, embeddings of the global batches are collected, and the
-first SAMPLE · M of them make it (rotation and k-means, see `ProductCodebook`). Until then there is no loss. What has
-been collected is part of the state, and the same on every worker.
+first SAMPLE · M of them make it (rotation and k-means, see `ProductCodebook`); in a short training those that there are
+halfway from `start` to the end, if they are as many as codewords. Until then there is no loss. What has been collected
+is part of the state, and the same on every worker.
 """
 
 import math
@@ -65,7 +66,7 @@ class Quantized(NamedTuple):
     Attributes:
         loss: L_q, a scalar.
         terms: its parts before their weights, by name; scalars without gradient.
-        perplexity: codewords in use, 1 to M, a scalar.
+        perplexity: codewords that the batch uses, 1 to min(2B, M), a scalar.
         image: (B, E) straight-through decoded codes of the images; None unless the ranking term reads them.
         text: (B, E) the same of the captions.
     """
@@ -85,8 +86,8 @@ class QuantizationLoss(nn.Module):
         dim: E.
 
     Raises:
-        SettingsError: on a temperature that is not above 0, or shares and decay outside 0 to 1; on sizes, see
-            `ProductCodebook`.
+        SettingsError: on a temperature that is not above 0, shares and decay outside 0 to 1, or negative weights; on
+            sizes, see `ProductCodebook`.
     """
 
     sample: Tensor
@@ -104,6 +105,11 @@ class QuantizationLoss(nn.Module):
             )
         if not 0 <= config.decay < 1:
             raise SettingsError(f"found quantization decay {config.decay}; expected 0 <= decay < 1")
+        if min(config.commitment, config.entropy, config.agreement) < 0:
+            raise SettingsError(
+                f"found quantization commitment {config.commitment}, entropy {config.entropy} and agreement "
+                f"{config.agreement}; expected 0 or more"
+            )
         self.config = config
         self.codebook = ProductCodebook(dim, config.subspaces, config.codewords)
         self.register_buffer("sample", torch.zeros(0, dim))  # (n, E) collected; none once the codebook is ready
@@ -126,7 +132,7 @@ class QuantizationLoss(nn.Module):
         z = torch.cat((image, text)).float()  # (2B, E)
         if not self.codebook.ready:
             if self.training and progress >= self.config.start:
-                self._collect(z.detach())
+                self._collect(z.detach(), late=2 * progress >= 1 + self.config.start)
             if not self.codebook.ready:
                 return None
         log_soft = self.codebook.log_soft_codes(z, self.tau(progress))  # (S, 2B, M)
@@ -152,9 +158,9 @@ class QuantizationLoss(nn.Module):
         # Straight through: the code's value, the embedding's gradient.
         return Quantized(loss, terms, perplexity, *(q + (z - z.detach())).chunk(2))
 
-    def _collect(self, z: Tensor) -> None:
+    def _collect(self, z: Tensor, *, late: bool) -> None:
         self.sample = torch.cat((self.sample, z))
-        if len(self.sample) >= SAMPLE * self.config.codewords:
+        if len(self.sample) >= (1 if late else SAMPLE) * self.config.codewords:
             self.codebook.initialise(self.sample)
             self.sample = self.sample[:0].clone()
 

@@ -149,14 +149,13 @@ def test_every_parameter_learns():
 def test_guidance_is_the_mean_attention_of_the_pair():
     model = build_host(CONFIG, PARTS, PARTS)
     x, y = features(2, 3), features(2, 7, [7, 2])
-    images, texts = model.image.encode(x, None), model.text.encode(y, None)
+    images, texts = model.image.encode(x, None), model.encode_texts(y)
     embedded = model.finish_images(images), model.finish_texts(texts)
     over_parts, over_words = model.guidance(images, texts, embedded)
     assert over_parts.shape == (2, 3)
-    assert over_words.shape == (2, 7)
+    assert over_words.shape == (2, 5)  # the others are cut
     torch.testing.assert_close(over_parts.sum(1), torch.ones(2))
     torch.testing.assert_close(over_words.sum(1), torch.ones(2))
-    assert over_words[0, 5:].abs().max() == 0  # cut words
     assert over_words[1, 2:].abs().max() == 0  # padding
     i, words = 1, embedded[1].parts[1, :2]
     weights = []
@@ -175,11 +174,36 @@ def test_views_are_looked_at_together():
     assert model.mean_of_views([one, two]).parts.shape == (2, 6, 8)
 
 
-def test_erasing_runs_with_words_beyond_the_cut():
+@torch.no_grad()
+def test_words_beyond_the_cut_change_nothing_about_erasing():
     model = build_host(CONFIG, PARTS, PARTS)
-    _, _, erased = model(features(3, 4), features(3, 9), torch.arange(3), None, 1.0)
+    x, long = features(3, 4), features(3, 9)
+    cut = Features(long.vectors, (long.parts[0][:, :5],), (long.masks[0][:, :5],))
+    _, _, erased = model(x, long, torch.arange(3), None, 1.0)
+    _, _, expected = model(x, cut, torch.arange(3), None, 1.0)
     assert erased.text_kept.parts.shape == (3, 5, 8)
     assert (erased.image_kept.mask ^ erased.image_dropped.mask).all()
+    assert torch.equal(erased.text_kept.mask, expected.text_kept.mask)
+    assert torch.equal(erased.text_partial, expected.text_partial)
+    assert torch.equal(erased.text_partial, erased.text_dropped.mask.any(1))
+
+
+@torch.no_grad()
+def test_padding_of_one_column_takes_no_words_from_another():
+    """A caption's words of two encoders, alone and beside a longer caption that pads both columns."""
+    model = build_host(CONFIG, PARTS, Dims(0, (6, 6)))
+    words = torch.randn(2, 2, 6)
+    alone = Features(torch.empty(1, 0), (words[:1], words[1:]), (torch.ones(1, 2, dtype=torch.bool),) * 2)
+    wide = torch.zeros(1, 6, 6)
+    columns = tuple(torch.cat((wide.clone(), torch.randn(1, 6, 6))) for _ in range(2))
+    masks = torch.tensor([[True] * 2 + [False] * 4, [True] * 6])
+    for column, own in zip(columns, words, strict=True):
+        column[0, :2] = own
+    beside = model.embed_texts(Features(torch.empty(2, 0), columns, (masks, masks)))
+    expected = model.embed_texts(alone)
+    assert expected.mask.sum() == 4
+    assert torch.equal(beside.mask[:1], expected.mask)
+    torch.testing.assert_close(beside.parts[:1], expected.parts)
 
 
 @pytest.mark.parametrize(

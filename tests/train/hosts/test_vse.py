@@ -10,6 +10,7 @@ from train.config import LocalConfig, ModelConfig, SettingsError, TowerConfig
 from train.embeddings import Embeddings
 from train.hosts import DualEncoder, build_host
 from train.local import combine
+from train.losses.erasing import attended
 from train.quantize import kmeans
 from train.towers import Dims
 
@@ -172,6 +173,47 @@ def test_erased_views_keep_what_the_partner_attends_to():
     torch.testing.assert_close(everything.image_kept.vector, image.vector)
     assert not everything.image_partial.any()
     assert not everything.text_partial.any()
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "context"),
+    [("mean", "none"), ("attention", "none"), ("gpo", "none"), ("netvlad", "none"), ("memory", "graph")],
+)
+def test_the_part_that_a_caption_tells_of_stays_whatever_pools(aggregator, context):
+    """One part of four tells what the caption says, the others nothing; after training, erasing must know which."""
+    image = TowerConfig(vectors=(), parts=("grid",), aggregator=aggregator, context=context, clusters=4)
+    model = build_host(ModelConfig(dim=16, image=image, text=TOWER), Dims(0, (16,)), Dims(0, (8,)))
+    shown, basis = torch.randn(8, 16), torch.linalg.qr(torch.randn(16, 16))[0]
+
+    def batch(rows):
+        told = torch.randn(rows, 4)
+        parts = 3 * torch.randn(rows, 4, 8) @ basis[:8]
+        place = torch.randint(4, (rows,))
+        parts[torch.arange(rows), place] = told @ shown[:4, 8:] @ basis[8:]
+        real = torch.ones(rows, 4, dtype=torch.bool)
+        words = torch.cat((told, told.square()), 1)[:, None]
+        return (
+            Features(torch.empty(rows, 0), (parts,), (real,)),
+            Features(torch.empty(rows, 0), (words,), (real[:, :1],)),
+            place,
+        )
+
+    x, y, _ = batch(256)
+    model.fit_inputs(x, y)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        x, y, _ = batch(64)
+        logits = model.embed_images(x).vector @ model.embed_texts(y).vector.T / 0.1
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, torch.arange(64)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        x, y, place = batch(256)
+        images, texts = model.image.encode(x, None), model.encode_texts(y)
+        attention, _ = model.guidance(images, texts, (model.finish_images(images), model.finish_texts(texts)))
+    assert (attention.argmax(1) == place).float().mean() > 0.9  # chance: .25
+    kept = attended(attention, images.mask, 1.0)
+    assert kept.gather(1, place[:, None]).float().mean() > 0.95
 
 
 def test_erasing_needs_parts():

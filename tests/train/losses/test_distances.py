@@ -76,6 +76,12 @@ def test_pairs_mixed_with_one_image_are_no_negatives():
     assert found.tolist() == [[(min(i, j), max(i, j)) in apart for j in range(4)] for i in range(4)]
 
 
+def test_what_one_pair_shows_and_another_is_mixed_with_is_no_negative():
+    """Rows 0 and 1 are mixed with each other: at equal shares they are the same."""
+    found = negative_pairs(torch.tensor([0, 1, 2]), torch.tensor([1, 0, 2]))
+    assert found.tolist() == [[False, False, True], [False, False, True], [True, True, False]]
+
+
 def test_both_directions_hand_over_rows_and_then_columns():
     d = torch.arange(9.0).reshape(3, 3)
     negatives = d > 4

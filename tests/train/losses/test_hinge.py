@@ -9,7 +9,7 @@ from train.config import HingeConfig, MarginConfig
 from train.losses.distances import both_directions, squared_distances
 from train.losses.hinge import HingeLoss, hinge
 
-MININGS = ["hardest", "all", "weighted"]
+MININGS = ["hardest", "sum", "mean", "weighted"]
 
 
 def negative_pairs(image_ids):
@@ -34,7 +34,7 @@ def slow_hinge(distances, image_ids, margin, mining):
             if active:
                 weights = [v**2 if mining == "weighted" else 1.0 for v in active]
                 mean = sum(w * v for w, v in zip(weights, active, strict=True)) / sum(weights)
-                total += (max(active) if mining == "hardest" else mean) / size
+                total += {"hardest": max(active), "sum": sum(active)}.get(mining, mean) / size
     return total
 
 
@@ -60,12 +60,23 @@ def test_by_hand():
     assert found.item() == pytest.approx((2 + 1.5 + 0) / 3 + (1.5 + 2 + 0) / 3)
 
 
-def test_all_is_the_mean_of_violations_not_of_negatives():
+@pytest.mark.parametrize(("mining", "anchor"), [("mean", (2 + 1) / 2), ("sum", 2 + 1)])
+def test_mean_and_sum_are_of_violations_not_of_negatives(mining, anchor):
     """Image anchor 0 violates by 2 and 1, captions 1 and 2 against image 0 by the same; all else is far."""
     d = torch.full((4, 4), 50.0).fill_diagonal_(1.0)
     d[0] = torch.tensor([1.0, 0.0, 1.0, 50.0])
-    found = batch_hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), "all")
-    assert found.item() == pytest.approx(((2 + 1) / 2 + (2 + 1) / 1) / 4)
+    found = batch_hinge(d, negative_pairs(torch.arange(4)), torch.tensor(1.0), mining)
+    assert found.item() == pytest.approx((anchor + (2 + 1)) / 4)
+
+
+def test_in_the_sum_every_violation_pulls_alike():
+    """An anchor with many violations weighs more than one with few, as in VSE0; in the mean both weigh the same."""
+    distances = torch.tensor([[0.5, 9.0, 9.0], [0.5, 0.5, 0.5]], requires_grad=True)
+    negatives = torch.ones(2, 3, dtype=torch.bool)
+    for mining, expected in (("sum", [0.5, 1.5]), ("mean", [0.5, 0.5])):
+        found = hinge(torch.ones(2), distances, negatives, torch.tensor(0.2), mining)
+        gradient = torch.autograd.grad(found, distances)[0]
+        torch.testing.assert_close(-gradient.sum(1), torch.tensor(expected))
 
 
 def test_weights_are_squares_of_violations():
@@ -83,8 +94,8 @@ def test_the_end_of_the_warm_up_keeps_the_size_of_the_gradient(embeddings):
         d = squared_distances(image, text)
         batch_hinge(d, negative_pairs(torch.arange(64)), torch.tensor(0.2), mining).backward()
         sizes[mining] = image.grad.norm().item()
-    assert 0.2 < sizes["hardest"] / sizes["all"] < 5
-    assert 0.2 < sizes["weighted"] / sizes["all"] < 5
+    assert 0.2 < sizes["hardest"] / sizes["mean"] < 5
+    assert 0.2 < sizes["weighted"] / sizes["mean"] < 5
 
 
 @pytest.mark.parametrize("mining", MININGS)
@@ -134,10 +145,12 @@ def test_gradients_are_finite_and_reach_both_sides(embeddings, image_ids, kind, 
 @pytest.mark.parametrize(
     ("mining", "progress", "used", "not_used"),
     [
-        ("hardest", 0.29, "all", "hardest"),
-        ("hardest", 0.3, "hardest", "all"),
-        ("weighted", 0.3, "weighted", "all"),
-        ("all", 1.0, "all", "hardest"),
+        ("hardest", 0.29, "mean", "hardest"),
+        ("hardest", 0.3, "hardest", "mean"),
+        ("weighted", 0.29, "mean", "weighted"),
+        ("weighted", 0.3, "weighted", "mean"),
+        ("mean", 1.0, "mean", "hardest"),
+        ("sum", 0.0, "sum", "mean"),
     ],
 )
 def test_mining_waits_for_the_warm_up(embeddings, image_ids, mining, progress, used, not_used):
@@ -158,9 +171,15 @@ def test_candidates_need_not_be_partners(mining):
         torch.tensor(1.0),
         mining,
     )
-    first = {"hardest": 2.0, "all": 1.5, "weighted": (1 + 8) / 5}[mining]
+    first = {"hardest": 2.0, "sum": 3.0, "mean": 1.5, "weighted": (1 + 8) / 5}[mining]
     assert found.item() == pytest.approx((first + 3) / 2)
 
 
 def test_the_margin_is_part_of_the_checkpoint():
     assert list(HingeLoss(HingeConfig(margin=MarginConfig(form="C"))).state_dict()) == ["margin.average"]
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 5.0])
+def test_a_warm_up_that_is_no_share_is_refused(warmup):
+    with pytest.raises(ValueError, match=f"found hinge warmup {warmup}; expected a share of training, 0 to 1"):
+        HingeLoss(HingeConfig(warmup=warmup))

@@ -187,6 +187,17 @@ def test_the_codebook_is_made_of_the_first_embeddings_after_the_start():
     assert torch.equal(loss.codebook.rotation, expected.rotation)
 
 
+def test_a_short_training_makes_the_codebook_of_what_there_is():
+    """Halfway from the start, at .65 of training, three embeddings are enough for three codewords."""
+    loss = QuantizationLoss(replace(CONFIG, start=0.3), 8)
+    assert loss(normal(1, 0), normal(1, 1), 0.5) is None
+    assert loss(normal(1, 2), normal(1, 3), 0.64) is None
+    assert loss(normal(1, 4), normal(1, 5), 0.65) is not None
+    few = QuantizationLoss(CONFIG, 8)
+    assert few(normal(1, 0), normal(1, 1), 0.9) is None  # two
+    assert few(normal(1, 2), normal(1, 3), 0.95) is not None
+
+
 def test_nothing_is_collected_in_evaluation_mode():
     loss = QuantizationLoss(CONFIG, 8).eval()
     assert loss(normal(60, 0), normal(60, 1), 0.9) is None
@@ -213,6 +224,12 @@ def test_the_temperature_anneals_from_the_start_of_the_codebook():
 @pytest.mark.parametrize("wrong", [{"start": 1.0}, {"start": -0.1}, {"rank_codes": 1.1}, {"rank_codes": -0.5}])
 def test_shares_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match=r"found quantization start .* and rank_codes .*; expected 0 <= start < 1"):
+        QuantizationLoss(replace(CONFIG, **wrong), 8)
+
+
+@pytest.mark.parametrize("wrong", [{"commitment": -1.0}, {"entropy": -0.1}, {"agreement": -0.1}])
+def test_negative_weights_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"found quantization commitment .* agreement .*; expected 0 or more"):
         QuantizationLoss(replace(CONFIG, **wrong), 8)
 
 
