@@ -134,6 +134,20 @@ def test_faiss_finds_the_same_neighbours(bytes_of, tmp_path):
     np.testing.assert_array_equal(rows.numpy()[apart], their_rows[apart])
 
 
+@pytest.mark.parametrize("subspaces", [32, 64])
+def test_faiss_finds_the_same_neighbours_in_longer_codes(subspaces):
+    items, queries = randn(400, 64, seed=2), randn(20, 64, seed=3)
+    codebook = fit_codebook(QuantizationConfig(subspaces=subspaces), items[:200], items[200:])
+    codes = encode(codebook, items)
+    assert codes.shape == (400, subspaces)
+    theirs, their_rows = to_faiss(codebook, codes).search(queries.numpy(), 10)
+    distances, rows = search_codes(codebook, queries, codes, 10)
+    np.testing.assert_allclose(distances.numpy(), theirs, rtol=1e-4)
+    apart = (distances.diff(dim=1) > 1e-3).all(dim=1).numpy()  # no two answers equally near
+    assert apart.sum() > 10
+    np.testing.assert_array_equal(rows.numpy()[apart], their_rows[apart])
+
+
 def test_faiss_codes_new_items_alike(bytes_of):
     items = randn(300, 16, seed=4)
     index = to_faiss(bytes_of, torch.zeros(0, 4, dtype=torch.uint8))

@@ -1,7 +1,9 @@
 """The road of a run on a small data set: everything real, each command a user would type."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from evaluate.embed import embed_split
 from evaluate.hubness import HubnessCorrection
 from evaluate.search import Searcher
 from evaluate.tune import SHARES
+from featurize.texts import open_text_encoder
 from pipeline.__main__ import main
 from pipeline.config import RunConfig, load_yaml, merge
 from train.batches import FeatureReader
@@ -301,6 +304,14 @@ def test_search_answers_text_and_pictures_with_files_and_distances(place, done, 
     assert lines[3][2] == picture
     assert distances[3] < 0.05
     assert page.read_text("utf-8").count("data:image/jpeg;base64,") == 7
+
+
+def test_an_encoder_with_other_weights_than_the_caches_is_refused(done, monkeypatch, capsys):
+    encoder = open_text_encoder("minilm")
+    other = SimpleNamespace(card=replace(encoder.card, weights="f" * 64))
+    monkeypatch.setattr("evaluate.search.text_encoder", lambda _reference, _precision: other)
+    assert type_in("search", done, "a red ball") == 2
+    assert "opens weights ffffffff, the model was trained on what" in capsys.readouterr().err
 
 
 def test_search_from_python_agrees_with_the_index(done):
