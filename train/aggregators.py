@@ -40,8 +40,29 @@ class Aggregator(nn.Module):
         """
         raise NotImplementedError
 
+    def alone(self, parts: Tensor, mask: Tensor) -> Tensor:
+        """What each part would become if it were the only one of its row; one place after the other.
 
-class Mean(Aggregator):
+        Args:
+            parts: (B, K, D).
+            mask: (B, K) bool.
+
+        Returns:
+            (B, K, out_dim), zeros at masked parts.
+        """
+        rows = zip(parts.unbind(1), mask.unbind(1), strict=True)
+        return torch.stack([self(part[:, None], real[:, None]) for part, real in rows], 1)
+
+
+class Weighted(Aggregator):
+    """What weighs parts, or their sorted values: a part alone stays as it is."""
+
+    def alone(self, parts: Tensor, mask: Tensor) -> Tensor:
+        """See `Aggregator.alone`."""
+        return parts.masked_fill(~mask[..., None], 0.0)
+
+
+class Mean(Weighted):
     """The mean of the real parts."""
 
     def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
@@ -50,7 +71,7 @@ class Mean(Aggregator):
         return (weights.to(parts.dtype)[:, None] @ parts).squeeze(1)  # no copy of the parts, as masking them would be
 
 
-class Max(Aggregator):
+class Max(Weighted):
     """The largest value of the real parts in each dimension."""
 
     def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
@@ -59,7 +80,7 @@ class Max(Aggregator):
         return largest.masked_fill(~mask.any(1, keepdim=True), 0.0)
 
 
-class Attention(Aggregator):
+class Attention(Weighted):
     """Learned queries attend over parts; head h pools the h-th of `heads` slices of the dimensions.
 
     The weights of head h are softmax_k(q_h·x_k / √D). This is multi-head attention (Vaswani et al., NeurIPS
@@ -103,7 +124,7 @@ class Attention(Aggregator):
         return pooled.diagonal(dim1=1, dim2=2).mT.flatten(1)  # (B, D/H, H) to (B, D)
 
 
-class GPO(Aggregator):
+class GPO(Weighted):
     """Generalized Pooling Operator (Chen et al., CVPR 2021, section 3): learned weights for sorted values.
 
     In each dimension the values of the real parts are sorted, largest first, and weighted by their position:
@@ -230,6 +251,11 @@ class Memory(Aggregator):
         states = run_gru(self.gru, take(parts, real_first(mask)), counts)  # (B, K, D)
         last = (counts - 1).clamp_min(0)[:, None, None].expand(-1, -1, states.shape[2])
         return states.gather(1, last).squeeze(1).to(parts.dtype)
+
+    def alone(self, parts: Tensor, mask: Tensor) -> Tensor:
+        """See `Aggregator.alone`; all places at once."""
+        states: Tensor = self(parts.flatten(0, 1)[:, None], mask.flatten()[:, None])
+        return states.view_as(parts)
 
 
 def build_aggregator(

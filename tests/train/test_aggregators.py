@@ -160,6 +160,18 @@ def test_a_row_without_parts_gives_zeros_and_leaves_the_others_alone(name, parts
     assert all(torch.isfinite(p.grad).all() for p in aggregator.parameters())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_each_part_alone_is_what_a_row_of_it_alone_becomes(name, parts, mask):
+    aggregator = build(name)
+    found = aggregator.alone(parts, mask)
+    for b in range(len(parts)):
+        for k in range(parts.shape[1]):
+            expected = aggregator(parts[b, k][None, None], mask[b, k][None, None])[0]
+            torch.testing.assert_close(found[b, k], expected)
+    assert mask.any()
+    assert not mask.all()
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "memory"])
 def test_the_order_of_parts_does_not_matter(name, parts, mask):
     aggregator = build(name)

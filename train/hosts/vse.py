@@ -109,8 +109,7 @@ class DualEncoder(Host):
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
         """Softmax over parts of pool(x_k)·e / √E, e being the partner's vector; see `Host.guidance`.
 
-        pool(x_k) is what the aggregator makes of part k alone: the part itself where parts are weighted and summed, and
-        its like in the joint space where they are not (`netvlad`, `memory`).
+        pool(x_k) is what the aggregator makes of part k alone, see `Aggregator.alone`.
 
         Raises:
             SettingsError: a modality has no parts in its global vector.
@@ -122,13 +121,9 @@ class DualEncoder(Host):
             )
 
         def attention(own: Encoded, aggregator: Aggregator, partner: Embeddings) -> Tensor:
-            """(B, K)."""
-            width = own.parts.shape[2]
-            scores = partner.vector.new_zeros(own.mask.shape)
-            for k in own.mask.any(0).nonzero()[:, 0].tolist():  # one after the other: netvlad makes M·E numbers of each
-                real = own.mask[:, k]
-                alone = aggregator(own.parts[real, k, None], real[real][:, None])  # (R, E)
-                scores[real, k] = (alone.float() * partner.vector[real]).sum(1) / math.sqrt(width)
+            alone = aggregator.alone(own.parts, own.mask)  # (B, K, E)
+            told = partner.vector.to(alone.dtype)[..., None]
+            scores = (alone @ told).squeeze(2).float() / math.sqrt(alone.shape[2])
             return scores.masked_fill(~own.mask, torch.finfo(scores.dtype).min).softmax(1) * own.mask
 
         return (
