@@ -22,7 +22,7 @@ from upath import UPath
 from featurize.places import Place, found, make_folder, read, remove_file
 
 LOCK = ".lock"
-"""In a column's folder: held by the job that makes it."""
+"""In a column's folder, or a run's: held by the job that makes it."""
 
 BEAT = 5.0
 """Seconds between two signs of life."""

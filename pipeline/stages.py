@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from evaluate.codes import check_codes, save_codebook
 from evaluate.embed import EmbeddedSplit
@@ -25,6 +26,7 @@ from featurize.copies import Node
 from featurize.datasets.load import load, protocol_of
 from featurize.fill import fill
 from featurize.index import Dataset, open_dataset
+from featurize.leases import LOCK
 from featurize.manifest import CacheError, read_manifest
 from featurize.places import place, publish, require_answer
 from featurize.plan import PlannedColumn, plan
@@ -123,7 +125,7 @@ def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[Plan
     """Fit heads in a run folder, measure them, index them and write the report; MLflow sees it all."""
     inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
-    with _tracked(config, folder, dataset, _identities(columns)) as tracker:
+    with _alone(folder), _tracked(config, folder, dataset, _identities(columns)) as tracker:
         work = Work(config.train, inputs, config.data.train, validation, tracker.log)
         untrained = _measure_untrained(work, validation)
         print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
@@ -169,6 +171,26 @@ def _conclude(
     tracker.artifact(folder / "model", "checkpoint")
     told = [trained.as_table(), *(f"{name}: rSum {report.rsum:.1f}" for name, report in beside.items())]
     print(_summary(folder, validation.reader.dataset, [*told, *map(str, others)], page, again, tracker))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; the system takes the right back from a process that dies.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another process is at work on this run; wait until it has finished, or end it first"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -351,7 +373,7 @@ def join(folders: list[Path], name: str) -> Path:
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
     identities = {ref.name: ref.id for ref in inputs.columns()}
     folder = _new_run(config, validation.reader.dataset, identities)
-    with _tracked(config, folder, validation.reader.dataset, identities) as tracker:
+    with _alone(folder), _tracked(config, folder, validation.reader.dataset, identities) as tracker:
         save_ensemble(folder / "model", members)
         took = [json.loads((member / "training.json").read_text("utf-8")) for member in folders]
         sums = {key: sum(one[key] for one in took) for key in ("seconds", "steps")}

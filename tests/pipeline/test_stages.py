@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -289,6 +290,14 @@ def test_a_second_experiment_extracts_nothing(place, done, capsys):
     out = capsys.readouterr().out
     assert "columns found, 0 rows to extract" in out
     assert (place / "runs" / "second" / "metrics.json").exists()
+
+
+def test_a_run_that_another_process_trains_is_left_alone(done, capsys):
+    before = (done / "metrics.json").stat().st_mtime_ns
+    with FileLock(done / ".lock"):
+        assert type_in("train", "--resume", done) == 2
+    assert "another process is at work on this run; wait until it has finished" in capsys.readouterr().err
+    assert (done / "metrics.json").stat().st_mtime_ns == before
 
 
 def test_search_answers_text_and_pictures_with_files_and_distances(place, done, capsys):
