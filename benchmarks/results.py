@@ -117,6 +117,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("one head instead of two", "isthmus", {"model.blocks": "1"}),
         Row("without the adaptive margin", "isthmus", {"objective.infonce.margin.form": "fixed"}),
         Row("+ a local space", "isthmus", _LOCAL),
+        Row("+ a local space and weighted InfoNCE", "isthmus", {**_LOCAL, "objective.infonce.hardness": "2"}),
         Row("the runs of all seeds joined", "isthmus", joined=True),
     ],
     "LESS": _alone(
