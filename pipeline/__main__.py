@@ -58,6 +58,8 @@ examples:
 """
 
 EMPTY = "''"
+"""An empty value, as it is typed."""
+
 METHOD_HELP = "a method's name (see `run --help`) or a YAML file: changes to one, or a run's config.yaml"
 RUN_HELP = "a run's folder, its name below --runs, or latest"
 
@@ -305,7 +307,7 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
     for key in keys(RunConfig()):
         if key.section not in groups:
             groups[key.section] = parser.add_argument_group(key.section)
-        text = f"{key.help}; default {key.value or 'empty'}".replace("%", "%%")
+        text = f"{key.help}; default {key.value or EMPTY}".replace("%", "%%")
         shown = list_keys or key.name in short or "." not in key.name
         groups[key.section].add_argument(
             *filter(None, (short.get(key.name), f"--{key.name}")),

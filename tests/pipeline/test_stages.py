@@ -1,9 +1,8 @@
 """The road of a run on a small data set: everything real, each command a user would type."""
 
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -315,12 +314,16 @@ def test_search_answers_text_and_pictures_with_files_and_distances(place, done, 
     assert page.read_text("utf-8").count("data:image/jpeg;base64,") == 7
 
 
-def test_an_encoder_with_other_weights_than_the_caches_is_refused(done, monkeypatch, capsys):
-    encoder = open_text_encoder("minilm")
-    other = SimpleNamespace(card=replace(encoder.card, weights="f" * 64))
-    monkeypatch.setattr("evaluate.search.text_encoder", lambda _reference, _precision: other)
-    assert type_in("search", done, "a red ball") == 2
-    assert "opens weights ffffffff, the model was trained on what" in capsys.readouterr().err
+def test_a_model_that_was_trained_on_other_weights_is_refused(done, tmp_path, capsys):
+    """As after another version of the encoder is installed."""
+    run = tmp_path / "older"
+    shutil.copytree(done, run)
+    weights, settings = open_text_encoder("minilm").card.weights, run / "model" / "model.json"
+    assert weights in settings.read_text()
+    settings.write_text(settings.read_text().replace(weights, "f" * 64))
+    assert type_in("search", run, "a red ball") == 2
+    expected = f"opens weights {weights[:8]}, the model was trained on what ffffffff said; install the version"
+    assert expected in capsys.readouterr().err
 
 
 def test_search_from_python_agrees_with_the_index(done):

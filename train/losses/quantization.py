@@ -132,7 +132,7 @@ class QuantizationLoss(nn.Module):
         z = torch.cat((image, text)).float()  # (2B, E)
         if not self.codebook.ready:
             if self.training and progress >= self.config.start:
-                self._collect(z.detach(), late=2 * progress >= 1 + self.config.start)
+                self._collect(z.detach(), progress)
             if not self.codebook.ready:
                 return None
         log_soft = self.codebook.log_soft_codes(z, self.tau(progress))  # (S, 2B, M)
@@ -158,9 +158,10 @@ class QuantizationLoss(nn.Module):
         # Straight through: the code's value, the embedding's gradient.
         return Quantized(loss, terms, perplexity, *(q + (z - z.detach())).chunk(2))
 
-    def _collect(self, z: Tensor, *, late: bool) -> None:
+    def _collect(self, z: Tensor, progress: float) -> None:
         self.sample = torch.cat((self.sample, z))
-        if len(self.sample) >= (1 if late else SAMPLE) * self.config.codewords:
+        halfway = (1 + self.config.start) / 2
+        if len(self.sample) >= self.config.codewords * (SAMPLE if progress < halfway else 1):
             self.codebook.initialise(self.sample)
             self.sample = self.sample[:0].clone()
 

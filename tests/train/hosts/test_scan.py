@@ -194,8 +194,7 @@ def test_padding_of_one_column_takes_no_words_from_another():
     model = build_host(CONFIG, PARTS, Dims(0, (6, 6)))
     words = torch.randn(2, 2, 6)
     alone = Features(torch.empty(1, 0), (words[:1], words[1:]), (torch.ones(1, 2, dtype=torch.bool),) * 2)
-    wide = torch.zeros(1, 6, 6)
-    columns = tuple(torch.cat((wide.clone(), torch.randn(1, 6, 6))) for _ in range(2))
+    columns = tuple(torch.cat((torch.zeros(1, 6, 6), torch.randn(1, 6, 6))) for _ in range(2))
     masks = torch.tensor([[True] * 2 + [False] * 4, [True] * 6])
     for column, own in zip(columns, words, strict=True):
         column[0, :2] = own

@@ -182,19 +182,18 @@ def test_erased_views_keep_what_the_partner_attends_to():
 def test_the_part_that_a_caption_tells_of_stays_whatever_pools(aggregator, context):
     """One part of four tells what the caption says, the others nothing; after training, erasing must know which."""
     image = TowerConfig(vectors=(), parts=("grid",), aggregator=aggregator, context=context, clusters=4)
-    model = build_host(ModelConfig(dim=16, image=image, text=TOWER), Dims(0, (16,)), Dims(0, (8,)))
-    shown, basis = torch.randn(8, 16), torch.linalg.qr(torch.randn(16, 16))[0]
+    model = build_host(ModelConfig(dim=16, image=image, text=TOWER), Dims(0, (16,)), Dims(0, (4,)))
+    shown, basis = torch.randn(4, 8), torch.linalg.qr(torch.randn(16, 16))[0]
 
     def batch(rows):
         told = torch.randn(rows, 4)
         parts = 3 * torch.randn(rows, 4, 8) @ basis[:8]
         place = torch.randint(4, (rows,))
-        parts[torch.arange(rows), place] = told @ shown[:4, 8:] @ basis[8:]
+        parts[torch.arange(rows), place] = told @ shown @ basis[8:]
         real = torch.ones(rows, 4, dtype=torch.bool)
-        words = torch.cat((told, told.square()), 1)[:, None]
         return (
             Features(torch.empty(rows, 0), (parts,), (real,)),
-            Features(torch.empty(rows, 0), (words,), (real[:, :1],)),
+            Features(torch.empty(rows, 0), (told[:, None],), (real[:, :1],)),
             place,
         )
 
