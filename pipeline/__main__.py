@@ -307,7 +307,7 @@ def _add_method(parser: _Parser, *, required: bool, list_keys: bool = False) -> 
     for key in keys(RunConfig()):
         if key.section not in groups:
             groups[key.section] = parser.add_argument_group(key.section)
-        text = f"{key.help}; default {key.value or EMPTY}".replace("%", "%%")
+        text = f"{key.help}; default {key.value or 'empty'}".replace("%", "%%")
         shown = list_keys or key.name in short or "." not in key.name
         groups[key.section].add_argument(
             *filter(None, (short.get(key.name), f"--{key.name}")),
