@@ -34,6 +34,9 @@ from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
 from featurize.sharing import Donor, KnownRow, is_sound, known_rows, link, rows_of
 from featurize.summary import lost_images, summary
 
+_CANCELLED = 30.0
+"""Seconds that tasks have to end once they are cancelled; in the midst of a batch they hear of it late."""
+
 
 @dataclass(frozen=True)
 class _Shard:
@@ -229,6 +232,8 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
         finally:
             for reference in running:
                 ray.cancel(reference)
+            if running:  # they take back what they had half written, which a driver that ends would leave there
+                ray.wait(list(running), num_returns=len(running), timeout=_CANCELLED)
 
 
 def _finish(dataset: Dataset, column: PlannedColumn) -> None:

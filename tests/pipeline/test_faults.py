@@ -219,6 +219,21 @@ sys.exit(main({arguments(tmp_path / "cache", pictures)!r}))
         assert [Path(path).stat().st_ino, Path(path).stat().st_mtime_ns] == before
 
 
+def test_an_interrupted_driver(undisturbed, tmp_path):
+    """Ctrl-C: the workers take back what they had half written before their driver ends."""
+    pictures, expected = undisturbed
+    job = featurize(tmp_path, pictures)
+    wait_for(lambda: len(records(tmp_path)) >= 5, job)
+    job.send_signal(signal.SIGINT)
+    out, code = finish(job)
+    assert code == 130, out
+    assert "the same command goes on: finished shards are kept" in out
+    done = records(tmp_path)
+    assert 5 <= len(done) < ROWS // SHARD
+    assert list(tmp_path.rglob(".*.tmp")) == []
+    check_restart(tmp_path, pictures, done, expected)
+
+
 def mounting(folder):
     """What runs a shell script that may mount a file system on the folder."""
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
