@@ -80,7 +80,10 @@ class FeaturizeConfig:
     )
     rows_per_shard: int = field(default=256, metadata={"help": "images in a shard; one Ray task writes one"})
     precision: Literal["bfloat16", "float32"] = field(
-        default="bfloat16", metadata={"help": "arithmetic of the frozen forward pass"}
+        default="bfloat16",
+        metadata={
+            "help": "arithmetic of the frozen forward pass; float32 where the machine that you type on has no bfloat16"
+        },
     )
     storage: Literal["float16", "float32", "int8"] = field(
         default="float16",
@@ -89,7 +92,9 @@ class FeaturizeConfig:
     image_batch: int = field(default=8, metadata={"help": "images per forward pass (8 suits a CPU; GPUs want 128)"})
     text_batch: int = field(default=128, metadata={"help": "captions per forward pass"})
     cpus_per_task: float = field(default=1.0, metadata={"help": "CPU cores that one extraction task takes"})
-    gpus_per_task: float = field(default=0.0, metadata={"help": "GPUs that one extraction task takes"})
+    gpus_per_task: float = field(
+        default=0.0, metadata={"help": "GPUs that one extraction task takes; 0: it runs on the CPU"}
+    )
     max_quarantined: float = field(
         default=0.05, metadata={"help": "share of images that may fail before the job is ended"}
     )

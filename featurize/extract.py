@@ -3,10 +3,10 @@
 `extract_shard` is a plain function on plain records; `featurize.fill` decides what is missing and hands it to Ray.
 """
 
-import errno
 import functools
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from torch import Tensor
 from featurize.config import View
 from featurize.datasets.sample import Sample
 from featurize.describe import describe_images, describe_texts, device, image_encoder, text_encoder
-from featurize.encoder import Card, Output
+from featurize.encoder import Card, Output, first_line
 from featurize.images.decode import DecodeError, decode
 from featurize.images.decoder import Decoder, ends_after
 from featurize.images.views import view
@@ -34,7 +34,7 @@ from featurize.manifest import (
     shard_path,
     write_record,
 )
-from featurize.places import Place, found, publish, remove_file
+from featurize.places import Place, found, is_full, publish, remove_file
 from featurize.shards import Array, row_key, to_int8, write_shard
 from featurize.sharing import KnownRow, is_sound, read_row
 
@@ -122,8 +122,8 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
     length) and noted in the record: rows keep their places.
 
     Raises:
-        CacheError: this machine opens another network under the same reference than the driver did, or the disk is
-            full.
+        CacheError: this machine opens another network under the same reference than the driver did, the disk is full,
+            or a batch is too large for the GPU.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     targets = tuple(replace(target, known=tuple(map(_if_sound, target.known))) for target in task.targets)
@@ -135,11 +135,19 @@ def extract_shard(task: ShardTask) -> dict[str, ShardRecord]:
         described = describe(task, task.unknown, careful=careful) if task.unknown else Described({}, {})
         return {str(target.folder): _write(task, target, described) for target in task.targets}
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
+        folder, room = task.targets[0].folder, "free some space (`python -m pipeline cache gc`)"
+        if not isinstance(folder, Path):
+            room = f"free some space in {tempfile.gettempdir()}, where a shard is written first, or set TMPDIR"
         raise CacheError(
-            f"{task.targets[0].folder}: no room for shard {task.number} ({error.strerror}); what is finished stays: "
-            "free some space (`python -m pipeline cache gc`) and run the same command again"
+            f"{folder}: no room for shard {task.number} ({error.strerror}); what is finished stays: {room} and run the "
+            "same command again"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise CacheError(
+            f"{task.encoder}: a batch does not fit in the GPU's memory ({first_line(error)}); lower "
+            f"--featurize.{task.modality}_batch, which is {task.batch}, and run the same command again"
         ) from error
     finally:
         remove_file(begun)

@@ -4,10 +4,12 @@ One Ray task makes one shard (`featurize.extract`). A job may die at any point: 
 command goes on.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,16 +28,20 @@ from featurize.manifest import (
     read_manifest,
     read_record,
     shard_path,
+    touch,
     write_record,
 )
 from featurize.places import Place
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
+from featurize.resources import cluster_has, require_resources
 from featurize.sharing import Donor, KnownRow, is_sound, known_rows, link, rows_of
 from featurize.summary import lost_images, summary
 
 _CANCELLED = 30.0
 """Seconds that tasks have to end once they are cancelled; in the midst of a batch they hear of it late."""
+_SUBMITTED = 64
+"""Tasks that Ray holds at least: enough for a cluster to see that it should grow, few enough to stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,13 @@ def tasks_for(
         rows += known
         for shard in shards:
             groups.setdefault(shard.together, []).append(shard)
+    described = {first.column.name: first.column for first, *_ in groups.values()}
+    cards = {name: encoder_card(column) for name, column in described.items()}
     tasks = [
         ShardTask(
             first.column.modality,
             first.column.encoder,
-            encoder_card(first.column),
+            cards[first.column.name],
             first.column.precision,
             first.column.view,
             first.number,
@@ -173,6 +181,8 @@ def fill(
         manifest = read_manifest(column.folder)
         return manifest is None or (config.retry_quarantined and bool(len(manifest.missing)))
 
+    for column in columns:
+        touch(column.folder)  # `gc` spares what is found while the rest is made
     with _locked([column.folder for column in columns if unfinished(column)]):
         missing = [column for column in columns if unfinished(column)]
         tasks, known = tasks_for(dataset, config, missing, thorough=thorough)
@@ -212,13 +222,20 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
     import ray
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
+    _require_room(config)
+    gpu = {} if config.gpus_per_task else {"CUDA_VISIBLE_DEVICES": ""}  # Ray hides none from a task that asks for none
     remote = ray.remote(extract_shard).options(
-        num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, runtime_env={"env_vars": WORKER_ENV}
+        num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, runtime_env={"env_vars": {**WORKER_ENV, **gpu}}
     )
-    running = {remote.remote(task): task for task in tasks}
+    waiting = iter(tasks)
+    running: dict[Any, ShardTask] = {}
     with tqdm(total=sum(len(task.unknown) for task in tasks), unit="rows", desc="extract", smoothing=0.05) as bar:
         try:
-            while running:
+            while True:
+                places = max(_SUBMITTED, 2 * int(cluster_has("CPU")))
+                running |= {remote.remote(task): task for task in itertools.islice(waiting, places - len(running))}
+                if not running:
+                    break
                 (done,), _ = ray.wait(list(running), num_returns=1)
                 task = running.pop(done)
                 ray.get(done)
@@ -234,6 +251,13 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
                 ray.cancel(reference)
             if running:  # they take back what they had half written, which a driver that ends would leave there
                 ray.wait(list(running), num_returns=len(running), timeout=_CANCELLED)
+
+
+def _require_room(config: FeaturizeConfig) -> None:
+    asked = {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
+    require_resources(asked, 1, "lower --featurize.cpus_per_task or --featurize.gpus_per_task", CacheError)
+    if not config.gpus_per_task and (gpus := cluster_has("GPU")):
+        print(f"Ray has {gpus:g} GPUs, and extraction uses none; --featurize.gpus_per_task 1 uses them", flush=True)
 
 
 def _finish(dataset: Dataset, column: PlannedColumn) -> None:

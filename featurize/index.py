@@ -186,15 +186,22 @@ _SCHEMA = pa.schema(
 )
 
 
+_DAMAGED = (OSError, ValueError, pa.ArrowException)
+"""What reading a damaged Parquet file raises; a ValueError where its text is not UTF-8 any more."""
+
+
 def _known_hashes(cache: Place, name: str) -> dict[Stamp, str]:
-    """What earlier indexes say of files, the latest last."""
+    """What earlier indexes say of files, the latest last; one that is damaged says nothing, and costs hashing only."""
     tables: list[tuple[float, Place]] = []
     for path in found(cache, f"{name}@*/samples.parquet"):
         tables += [(file.modified, path) for file in files(path.parent) if file.name == path.name]
     known: dict[Stamp, str] = {}
     for _, path in sorted(tables, key=lambda one: one[0]):
-        table = pq.read_table(pa.BufferReader(read(path))).to_pydict()
-        if "version" not in table:  # written before there were remote files
+        try:
+            table = pq.read_table(pa.BufferReader(read(path)), columns=[*_STAMP, "sha256"]).to_pydict()
+        except _DAMAGED:
+            continue
+        if len(table) <= len(_STAMP):  # written before there were remote files, or by something else
             continue
         known.update(zip(zip(*(table[key] for key in _STAMP), strict=True), table["sha256"], strict=True))
     return {stamp: sha256 for stamp, sha256 in known.items() if stamp[-1]}
@@ -288,16 +295,16 @@ def open_dataset(folder: Place) -> Dataset:
         with answering(path, CacheError):
             data = read(path)
         table = pq.read_table(pa.BufferReader(data))
-    except (OSError, pa.ArrowInvalid) as error:
+        rows = table.to_pylist()
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        columns = set(table.column_names)
+    except CacheError:
+        raise
+    except _DAMAGED as error:
         raise CacheError(f"{path}: not a readable index ({error}); run `featurize` again") from error
-    metadata = table.schema.metadata or {}
-    lacking = [
-        *({"name", "dataset_id"} - {key.decode("utf-8", "replace") for key in metadata}),
-        *(set(_SCHEMA.names) - {"size", "version"} - set(table.column_names)),
-    ]
+    lacking = ({"name", "dataset_id"} - metadata.keys()) | (set(_SCHEMA.names) - {"size", "version"} - columns)
     if lacking:
         raise CacheError(f"{path}: not the index of a data set (it lacks {', '.join(sorted(lacking))}); remove it")
-    rows = table.to_pylist()
     samples = tuple(
         Sample(
             row["image_id"],
@@ -309,8 +316,8 @@ def open_dataset(folder: Place) -> Dataset:
         for row in rows
     )
     return Dataset(
-        metadata[b"name"].decode(),
-        metadata[b"dataset_id"].decode(),
+        metadata["name"],
+        metadata["dataset_id"],
         folder,
         samples,
         tuple(row["sha256"] for row in rows),

@@ -12,9 +12,12 @@ format version. Its first eight hex digits stand in the folder's name.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -175,10 +178,15 @@ class Manifest:
     def reopen(self, folder: Place, sound: Iterable[int]) -> None:
         """Make a finished column unfinished again: all shards but the sound ones are to be made anew.
 
-        The order of the steps leaves a finished or an unfinished column, whenever the process dies.
+        The order of the steps leaves a finished or an unfinished column, whenever the process dies. Records of the
+        other shards go first: a process that died while it finished the column may have left them.
         """
-        for number in sound:
-            write_record(folder, number, self.shards[number])
+        kept = set(sound)
+        for number, record in enumerate(self.shards):
+            if number in kept:
+                write_record(folder, number, record)
+            else:
+                remove_file(shard_path(folder, number).with_suffix(".json"))
         self.begin(folder)
         remove_file(folder / "manifest.json")
 
@@ -228,6 +236,19 @@ def _read(path: Place) -> Manifest | None:
             "wrote it, or another cache"
         )
     return manifest
+
+
+USED = ".used"
+"""In a column's folder in a store: a job found the column when this was written."""
+
+
+def touch(folder: Place) -> None:
+    """Make a column that a job has found young, so that `gc` spares it until a run has noted that it reads it."""
+    if isinstance(folder, Path):
+        with suppress(FileNotFoundError, PermissionError):
+            os.utime(folder / "manifest.json")
+    elif (folder / "manifest.json").exists():
+        publish(folder / USED, b"")
 
 
 def environment() -> dict[str, str]:

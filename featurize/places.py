@@ -4,6 +4,7 @@ A local place is a plain `pathlib.Path`, a remote one a `UPath` with the same in
 there stands here: how a file is published whole or not at all, how it gets a second name, what a folder holds.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -60,20 +61,25 @@ def file_at(uri: str) -> tuple[Any, str]:
     return file_system, str(path)
 
 
+def is_full(error: Exception) -> bool:
+    """Whether a disk of this machine has no room, or its owner's quota has none."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def answering(where: object, refused: type[Exception]) -> Iterator[None]:
     """Make an error of a store, of which each has its own, one that says what to do; files are as always.
 
     Raises:
         refused: there are no credentials, they do not suffice, or nothing answers; what is missing stays
-            `FileNotFoundError`.
+            `FileNotFoundError`, and a disk of this machine that is full stays `OSError`.
     """
     try:
         yield
     except (FileNotFoundError, refused, MemoryError):
         raise
     except Exception as error:
-        if isinstance(where, Path):
+        if isinstance(where, Path) or is_full(error):
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise refused(
@@ -198,6 +204,7 @@ def link(source: Place, target: Place) -> None:
         temporary = temporary_name(target)
         os.link(source, temporary)
         temporary.replace(target)
+        temporary.unlink(missing_ok=True)  # between two names of one file a rename does nothing
     elif isinstance(source, UPath) and isinstance(target, UPath):
         with _arriving(target) as name:
             target.fs.cp_file(source.path, name)

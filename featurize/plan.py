@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from featurize.columns import column_folder
 from featurize.config import FeaturizeConfig, View
 from featurize.copies import Node
 from featurize.describe import image_encoder, text_encoder
-from featurize.encoder import Card, Output, Precision
+from featurize.encoder import Card, Output, Precision, usable_precision
 from featurize.imports import ImportedRows, check_imports, is_import, open_import
 from featurize.index import Dataset
 from featurize.manifest import (
@@ -157,16 +159,15 @@ def plan(
     """
     check_imports(config.images, config.texts, config.views)
     cache = dataset.folder.parent
+    cpu = torch.device("cpu")
+    precision = config.precision if config.gpus_per_task else usable_precision(config.precision, cpu)
     planned: list[PlannedColumn] = []
     encoders: list[tuple[Modality, str, Card, tuple[View, ...], Sequence[str]]] = [
         *(
-            ("image", ref, _open_card("image", ref, config.precision, cache), config.views, image_outputs)
+            ("image", ref, _open_card("image", ref, precision, cache), config.views, image_outputs)
             for ref in config.images
         ),
-        *(
-            ("text", ref, _open_card("text", ref, config.precision, cache), ("plain",), text_outputs)
-            for ref in config.texts
-        ),
+        *(("text", ref, _open_card("text", ref, precision, cache), ("plain",), text_outputs) for ref in config.texts),
     ]
     for modality, reference, card, views, wanted in encoders:
         safe = re.sub(r"[^A-Za-z0-9_-]", "-", card.name)

@@ -23,10 +23,13 @@ webdataset splits it from its extension at the right dot); a caption's key is it
 Ids too long for a tar header are cut and end in `~~` and 32 hex digits of their sha256.
 """
 
+import errno
 import hashlib
 import io
 import re
+import resource
 import tarfile
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +38,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from featurize.places import Place, publish, replacing
+from featurize.places import Place, publish, read, replacing
 
 Array = NDArray[Any]
 
@@ -127,18 +130,33 @@ def write_shard(path: Place, keys: Sequence[str], rows: Iterable[Array], *, ragg
     return ShardFile(count, file.length, file.sha256.hexdigest())
 
 
+_NO_HEADER = (SyntaxError, tokenize.TokenError)
+"""What numpy raises, beside ValueError, where a header is damaged."""
+
+
+def _is_stored(dtype: np.dtype[Any]) -> bool:
+    """Whether rows may be of this kind: plain numbers, or the records that `to_int8` makes."""
+    if dtype.names is None:
+        return dtype.kind in "fi" and not dtype.shape
+    return dtype.names == ("scale", "values") and dtype["scale"] == np.float32 and dtype["values"].base == np.int8
+
+
 def _npy_header(data: Array, start: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """Shape, dtype and first data byte of the npy member whose tar header begins at `start`."""
     stream = io.BytesIO(data[start + _BLOCK : start + 2 * _BLOCK].tobytes())
-    np.lib.format.read_magic(stream)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran:
-        raise ShardError("members must be in C order")
+    try:
+        np.lib.format.read_magic(stream)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except _NO_HEADER as error:
+        raise ShardError(f"no npy header ({error.args[0]})") from error
+    if fortran or not _is_stored(dtype) or min(shape, default=0) < 0:
+        raise ShardError(f"found {dtype}{shape}, expected numbers, or records of int8, in C order")
     return shape, dtype, start + _BLOCK + stream.tell()
 
 
 def _key_at(data: Array, start: int) -> str:
-    return data[start : start + 100].tobytes().split(b"\0", 1)[0].decode("utf-8").removesuffix(".npy")
+    name = data[start : start + 100].tobytes().split(b"\0", 1)[0]
+    return name.decode("ascii", "replace").removesuffix(".npy")
 
 
 def to_int8(values: Array) -> Array:
@@ -186,6 +204,20 @@ def index_of(data: Array) -> Array:
     return np.array(found, np.int64).reshape(-1, 2)
 
 
+def read_index(path: Place) -> Array:
+    """The index that stands beside a ragged shard: (rows, 2) int64, if it is one.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no array.
+    """
+    try:
+        found: Array = np.lib.format.read_array(io.BytesIO(read(path)), allow_pickle=False)
+    except (EOFError, *_NO_HEADER) as error:
+        raise ValueError(f"no npy array ({error.args[0]})") from error
+    return found
+
+
 class Shard:
     """A mapped shard: rows without reading the tar.
 
@@ -211,20 +243,17 @@ class Shard:
             self._data: Array = np.memmap(path, np.uint8, "r")
             shape, self._item, begin = _npy_header(self._data, 0)
             if ragged:
-                self.index = index_of(self._data) if source else np.load(path.with_suffix(".idx.npy"))
+                self.index = index_of(self._data) if source else read_index(path.with_suffix(".idx.npy"))
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                raise ShardError(_too_many(self.path)) from error
             raise ShardError(
                 f"{self.path}: cannot be opened as a shard ({error}); `python -m pipeline cache verify` tells more"
             ) from error
         self._header = begin  # bytes before a member's values, the same for all: npy headers leave room for L
         self._describe(tuple(shape[1:]) if ragged else tuple(shape), self._item)
         if self.index is not None:
-            row_bytes = int(np.prod(self._inner)) * self._item.itemsize
-            ends = self.index[:, 0] + self.index[:, 1] * row_bytes
-            if len(self.index) != rows or (rows and int(ends.max()) > len(self._data)):
-                raise ShardError(
-                    f"{self.path}: {len(self.index)} rows indexed in {len(self._data)} bytes, expected {rows}"
-                )
+            self._check(self.index)
             return
         length = int(np.prod(shape)) * self._item.itemsize
         self.stride = -(-(begin + length) // _BLOCK) * _BLOCK
@@ -244,6 +273,46 @@ class Shard:
         self.shape = inner + vector
         self._inner = inner
 
+    @property
+    def _part(self) -> int:
+        """Bytes of one part of a ragged row."""
+        return int(np.prod(self._inner)) * self._item.itemsize
+
+    def _check(self, index: Array) -> None:
+        """Refuse an index that cannot be this tar's, without reading the tar.
+
+        Members follow one another without gaps, so that lengths say where each begins.
+        """
+        problem = ""
+        if index.dtype != np.int64 or index.shape != (self.rows, 2):
+            problem = f"found {index.dtype}{index.shape}, expected int64{(self.rows, 2)}"
+        else:
+            begins, lengths = index.T
+            possible = lengths.clip(0, len(self._data))
+            members = _BLOCK + -(-(self._header - _BLOCK + possible * self._part) // _BLOCK) * _BLOCK
+            expected = self._header + np.cumsum(members) - members
+            outside = (possible != lengths) | (expected + possible * self._part > len(self._data))
+            wrong = np.flatnonzero((begins != expected) | outside)
+            if len(wrong):
+                row = int(wrong[0])
+                problem = (
+                    f"row {row} is said to begin at byte {begins[row]} with {lengths[row]} parts, expected to begin at "
+                    f"{expected[row]} and to end within {len(self._data)} bytes"
+                )
+        if problem:
+            raise ShardError(
+                f"{self.path}: the index beside it is another's, or one of them is cut or damaged ({problem}); "
+                "`python -m pipeline cache repair` makes both again"
+            )
+
+    def has_its_index(self) -> bool:
+        """Whether the index of a ragged shard says of each row what its tar header says; reads them all."""
+        assert self.index is not None, "a fixed column has no index"
+        starts = self.index[:, :1] - self._header
+        digits = self._data[starts + np.arange(124, 135)].astype(np.int64) - ord("0")
+        sizes = digits @ 8 ** np.arange(10, -1, -1)
+        return np.array_equal(sizes, self._header - _BLOCK + self.index[:, 1] * self._part)
+
     def key(self, row: int) -> str:
         """The tar key of a row."""
         if self.index is None:
@@ -255,12 +324,21 @@ class Shard:
         if self.index is None:
             return numbers(self.array[row])
         begin, length = (int(value) for value in self.index[row])
-        size = length * int(np.prod(self._inner)) * self._item.itemsize
+        size = length * self._part
         return numbers(self._data[begin : begin + size].view(self._item).reshape(length, *self._inner))
 
     def gather(self, rows: Array) -> Array:
         """Rows of a fixed column: (N,) int64 -> (N, *shape)."""
         return numbers(self.array[rows])
+
+
+def _too_many(path: Place) -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"{path}: cannot be opened, for this process has the {limit} files open that it may have, and each shard of a "
+        "column is one; raise the limit (`ulimit -n 65536`), or extract with more rows in a shard "
+        "(--featurize.rows_per_shard) into another --cache"
+    )
 
 
 class Shards(Protocol):

@@ -77,6 +77,8 @@ def known_rows(dataset: Dataset, column: PlannedColumn) -> list[KnownRow | None]
             other = open_dataset(folder.parent)
         except CacheError:  # another data set's damage is its own: what it held is described again
             continue
+        if manifest.ingredients.get("dataset") != other.id or manifest.rows != other.rows(column.modality):
+            continue  # it was brought here from another version: its rows are not those of the captions beside it
         rows = [row for donor in donors(folder, manifest) for row in rows_of(donor)]
         known.update(zip(_contents(other, column.modality), rows, strict=True))
     return [known.get(content) for content in _contents(dataset, column.modality)] if known else []
@@ -137,8 +139,10 @@ def is_sound(donor: Donor) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _is_sound(donor: Donor, stamp: Stamp) -> bool:
     try:
-        _opened(donor, stamp)  # a remote one is compared when it is fetched
-        return not isinstance(donor.path, Path) or sha256_of(donor.path) == donor.record.sha256
+        shard = _opened(donor, stamp)  # a remote one is compared when it is fetched
+        if not isinstance(donor.path, Path):
+            return True
+        return sha256_of(donor.path) == donor.record.sha256 and (not donor.ragged or shard.has_its_index())
     except (ShardError, CacheError):
         return False
 

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from featurize.columns import column_folders
 from featurize.config import FeaturizeConfig
+from featurize.datasets.sample import DataError
+from featurize.encoder import EncoderError
 from featurize.fill import fill
 from featurize.index import Dataset, open_dataset
-from featurize.leases import LOCK, is_held
-from featurize.manifest import CacheError, differences, read_begun, read_manifest
+from featurize.leases import LOCK, held, is_held
+from featurize.manifest import CacheError, Manifest, differences, read_begun, read_manifest, read_record
 from featurize.places import File, Place, files, folders, found, make_folder, publish, read, remove_file, remove_folder
-from featurize.plan import PlannedColumn, encoder_card
+from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.verify import Problem, require_unchanged
 
 
@@ -30,7 +32,7 @@ class Use:
         run: its folder.
         time: when it began, ISO 8601 in UTC.
         columns: folder names of the columns that it reads.
-        machine: where the run is, if its cache is in a store: others do not see its folder.
+        machine: where the run is: others may not see its folder. "" in what earlier versions noted on disks.
     """
 
     run: str
@@ -39,15 +41,20 @@ class Use:
     machine: str = ""
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether the run is another machine's, and not seen here."""
+        return self.machine not in ("", platform.node()) and not Path(self.run).is_dir()
+
+    @property
     def exists(self) -> bool:
         """Whether the run is still there, as far as one can tell from here."""
-        return self.machine not in ("", platform.node()) or Path(self.run).is_dir()
+        return self.elsewhere or Path(self.run).is_dir()
 
 
 def note_use(dataset: Dataset, run: Path, columns: Iterable[tuple[str, str]]) -> None:
     """Remember in the cache that a run reads these columns, (name, identity) each: `gc` keeps them."""
     names = tuple(sorted(f"{name}@{column_id[:8]}" for name, column_id in columns))
-    machine = "" if isinstance(dataset.folder, Path) else platform.node()
+    machine = platform.node()
     use = Use(str(run), datetime.now(UTC).isoformat(timespec="seconds"), names, machine)
     folder = dataset.folder / "uses"
     make_folder(folder)
@@ -136,8 +143,12 @@ def _versions(one: Dataset, other: Dataset) -> Iterator[str]:
         yield "the order of the images"
 
 
-def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfig) -> list[Place]:
-    """Make again the shards that are broken, and nothing else; Ray is initialised.
+REFUSALS = (CacheError, DataError, EncoderError, OSError)
+"""What is raised where a column cannot be described again here: a text that tells the user why."""
+
+
+def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfig) -> tuple[list[Place], list[Problem]]:
+    """Make again the shards that are broken, and go on with columns that are unfinished; Ray is initialised.
 
     Args:
         dataset: the index; its images must be where they were.
@@ -145,29 +156,64 @@ def repair(dataset: Dataset, problems: Iterable[Problem], config: FeaturizeConfi
         config: how to extract; encoders and precision are those that made the columns.
 
     Returns:
-        The columns that were mended; those whose problems have no shard are left as they are.
+        The columns that were mended; and why others cannot be made here, which are left as they are. Those whose
+        problems have no shard are in neither list.
 
     Raises:
-        CacheError: an encoder is not the one that made the column, or an image is not the one that was indexed.
+        CacheError: a column that was given up could not be made again; the next repair goes on with it.
     """
     broken: dict[Place, set[int]] = {}
     for problem in problems:
-        if problem.shard is not None:
-            broken.setdefault(problem.folder, set()).add(problem.shard)
-    columns = []
-    for folder, numbers in broken.items():
-        manifest = read_manifest(folder)
-        assert manifest is not None, "only finished columns have broken shards"
-        column = PlannedColumn.of(folder, manifest)
-        encoder_card(column)  # before anything is given up
-        if manifest.modality == "image":
-            for first in (number * manifest.images_per_shard for number in numbers):
-                images = slice(first, first + manifest.images_per_shard)
-                require_unchanged(dataset.samples[images], dataset.digests[images])
-        manifest.reopen(folder, sound=set(range(len(manifest.shards))) - numbers)
-        columns.append(column)
-    fill(dataset, config, columns, thorough=True)  # what is broken here may be broken where it came from
-    return list(broken)
+        if problem.mendable:
+            broken.setdefault(problem.folder, set()).update([] if problem.shard is None else [problem.shard])
+    columns, refused = [], []
+    finished: dict[Place, Manifest] = {}
+    for folder, numbers in broken.items():  # all are looked at before any is given up
+        try:
+            manifest = read_manifest(folder)
+            columns.append(_remade(dataset, folder, manifest, numbers))
+        except REFUSALS as error:
+            refused.append(Problem.of(folder, error))
+        else:
+            if manifest is not None:
+                finished[folder] = manifest
+    with held(*finished):
+        for folder, manifest in finished.items():
+            if read_manifest(folder) == manifest:  # else another job is or was at it
+                manifest.reopen(folder, sound=set(range(len(manifest.shards))) - broken[folder])
+    if columns:
+        fill(dataset, config, columns, thorough=True)  # what is broken here may be broken where it came from
+    return [column.folder for column in columns], refused
+
+
+def _remade(dataset: Dataset, folder: Place, manifest: Manifest | None, numbers: set[int]) -> PlannedColumn:
+    """A column that can be made again on this machine.
+
+    Args:
+        dataset: the index.
+        folder: of the column.
+        manifest: of the column; None: it is unfinished.
+        numbers: of the broken shards of a finished one.
+
+    Raises:
+        CacheError: an encoder is not the one that made the column, or an image is not the one that was indexed.
+        EncoderError: an encoder cannot be opened.
+        DataError: a file of features has other rows.
+        OSError: a file cannot be read.
+    """
+    begun = manifest or read_begun(folder)
+    if begun is None:
+        raise CacheError(f"{folder}: vanished while it was looked at; run `cache repair` again")
+    column = PlannedColumn.of(folder, begun)
+    encoder_card(column)
+    if imported_rows(dataset, column) is None and column.modality == "image":
+        for number, first in enumerate(range(0, len(dataset.samples), begun.images_per_shard)):
+            lost = manifest.shards[number].quarantined if manifest else ()
+            if number in numbers or (manifest is None and read_record(folder, number) is None):
+                rows = range(first, min(first + begun.images_per_shard, len(dataset.samples)))
+                asked = [row for row in rows if row - first not in lost]
+                require_unchanged([dataset.samples[row] for row in asked], [dataset.digests[row] for row in asked])
+    return column
 
 
 @dataclass(frozen=True)
@@ -188,18 +234,20 @@ class Removable:
 def removable(dataset_folder: Place, days: float) -> list[Removable]:
     """What no run refers to and nobody has touched for some days.
 
-    A column is kept while a run that reads it exists, while a job makes it, and until it is `days` old; a data set
-    while one of its columns or a run is kept.
+    A column is kept while a run that reads it exists, and until it is `days` old; a data set while one of its columns
+    or a run is kept. While a job makes a column all are kept: it may read the others, and notes that at its end.
     """
     every = uses(dataset_folder)
     last = {name: use for use in every for name in use.columns}
     alive = {name for use in every if use.exists for name in use.columns}
     columns = column_folders(dataset_folder)
+    if any(is_held(folder, time.time()) for folder in columns):
+        return []
     removed = []
     for folder in columns:
         inside = files(folder)
         age = _age(folder, inside)
-        if folder.name in alive or age < days or is_held(folder, time.time()):
+        if folder.name in alive or age < days:
             continue
         state = _state(folder)
         use = f"its last run, {last[folder.name].run}, is gone" if folder.name in last else "no run reads it"

@@ -1,7 +1,6 @@
 """Whether a cache still is what it says: everything is read and compared, and rows are described again on request."""
 
 import hashlib
-import io
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,10 @@ from featurize.copies import DamagedError, download
 from featurize.datasets.sample import Sample
 from featurize.extract import ShardTask, describe
 from featurize.index import Dataset, content_id, open_dataset
-from featurize.manifest import CacheError, Manifest, ShardRecord, read_manifest, shard_path
-from featurize.places import Place, found, read
+from featurize.manifest import CacheError, Manifest, ShardRecord, read_begun, read_manifest, shard_path
+from featurize.places import Place, found
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
-from featurize.shards import Array, Shard, ShardError, index_of
+from featurize.shards import Array, Shard, ShardError, index_of, read_index
 from featurize.sharing import sha256_of
 
 
@@ -32,12 +31,24 @@ class Problem:
     Attributes:
         folder: of the column, or of the data set.
         text: what was found.
-        shard: the number of the shard that is to be made again; None: `repair` cannot help.
+        shard: the number of the shard that is to be made again.
+        begun: whether the column is unfinished and says what it is to become.
     """
 
     folder: Place
     text: str
     shard: int | None = None
+    begun: bool = False
+
+    @classmethod
+    def of(cls, folder: Place, error: Exception) -> "Problem":
+        """What an error says of a folder, which it may not name itself."""
+        return cls(folder, str(error) if str(folder) in str(error) else f"{folder}: {error}")
+
+    @property
+    def mendable(self) -> bool:
+        """Whether `repair` may help."""
+        return self.shard is not None or self.begun
 
     def __str__(self) -> str:
         return self.text
@@ -59,21 +70,31 @@ def verify(dataset_folder: Place) -> Iterator[Problem]:
     for folder in column_folders(dataset_folder):
         try:
             manifest = read_manifest(folder)
+            begun = read_begun(folder) if manifest is None else None
         except CacheError as error:
             yield Problem(folder, str(error))
             continue
-        if manifest is None:
-            yield Problem(folder, f"{folder}: unfinished (no manifest.json); run `featurize` again to finish it")
-        else:
+        if manifest is not None:
             yield from verify_column(dataset, folder, manifest)
+        elif begun is not None and (stranger := _stranger(dataset, folder, begun)):
+            yield Problem(folder, stranger)
+        else:
+            how = "`featurize` or `cache repair` goes on with it" if begun else "run `featurize` again to finish it"
+            yield Problem(folder, f"{folder}: unfinished (no manifest.json); {how}", begun=begun is not None)
+
+
+def _stranger(dataset: Dataset, folder: Place, manifest: Manifest) -> str:
+    """What is said of a column that belongs to another version, "" if it does not."""
+    of = manifest.ingredients.get("dataset")
+    if of == dataset.id:
+        return ""
+    return f"{folder}: was made for the data set {str(of)[:8]}, but stands in {dataset.id[:8]}; remove it"
 
 
 def verify_column(dataset: Dataset, folder: Place, manifest: Manifest) -> Iterator[Problem]:
     """What is wrong with a finished column."""
-    of = manifest.ingredients.get("dataset")
-    if of != dataset.id:
-        text = f"{folder}: was made for the data set {str(of)[:8]}, but stands in {dataset.id[:8]}; remove it"
-        yield Problem(folder, text)
+    if stranger := _stranger(dataset, folder, manifest):
+        yield Problem(folder, stranger)
         return
     if manifest.rows != dataset.rows(manifest.modality):
         yield Problem(folder, f"{folder}: {manifest.rows} rows, but the data set has {dataset.rows(manifest.modality)}")
@@ -95,15 +116,14 @@ def _shard_problem(path: Place, manifest: Manifest, number: int, keys: list[str]
         return f"{path}: is missing"
     try:
         with _at_hand(path, record) as (file, source):
+            if manifest.ragged and (problem := _index_problem(path, file)):
+                return problem
             shard = Shard(file, record.rows, ragged=manifest.ragged, source=source)
             described = f"{manifest.dtype}{manifest.shape}"
             if f"{shard.stored}{shard.shape}" != described:
                 return f"{path}: holds {shard.stored}{shard.shape}, its manifest says {described}"
-            return (
-                misplaced(shard, keys, range(shard.rows))
-                or _value_problem(path, shard, set(record.quarantined))
-                or (_index_problem(path, file) if manifest.ragged else "")
-            )
+            placed = misplaced(shard, keys, range(shard.rows))
+            return placed or _value_problem(path, shard, set(record.quarantined))
     except (ShardError, DamagedError) as error:
         return str(error)
 
@@ -113,10 +133,14 @@ def _at_hand(path: Place, record: ShardRecord) -> Iterator[tuple[Path, Place | N
     """A shard as a file here whose checksum is right, and what it is a copy of: copies that others use are not asked.
 
     Raises:
-        DamagedError: the checksum is another.
+        DamagedError: the checksum is another, or the disk does not give it back.
     """
     if isinstance(path, Path):
-        if sha256_of(path) != record.sha256:
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            raise DamagedError(f"{path}: cannot be read ({error})") from error
+        if digest != record.sha256:
             raise DamagedError(f"{path}: changed since it was written (sha256 differs)")
         yield path, None
         return
@@ -130,10 +154,13 @@ def _index_problem(path: Place, file: Path) -> str:
     """What is wrong with the index that stands beside a ragged shard."""
     beside = path.with_suffix(".idx.npy")
     try:
-        stored = np.load(io.BytesIO(read(beside)), allow_pickle=False)
+        stored = read_index(beside)
     except (OSError, ValueError) as error:
         return f"{beside}: not readable ({error})"
-    made = index_of(np.fromfile(file, np.uint8))
+    try:
+        made = index_of(np.fromfile(file, np.uint8))
+    except ValueError as error:
+        return f"{path}: is not a shard ({error})"
     return "" if np.array_equal(stored, made) else f"{beside}: is not the index of the tar beside it"
 
 
@@ -227,10 +254,18 @@ def require_unchanged(samples: Sequence[Sample], digests: Sequence[str]) -> None
     """Let nothing be described again that has changed.
 
     Raises:
-        CacheError: an image is not the one that was indexed.
+        CacheError: an image is not the one that was indexed, or is not there.
     """
     for sample, digest in zip(samples, digests, strict=True):
-        if hashlib.sha256(sample.read()).hexdigest() != digest:
+        try:
+            data = sample.read()
+        except (OSError, ValueError) as error:
+            raise CacheError(
+                f"{sample.image}: cannot be read ({error}), expected the image that was indexed as "
+                f"{sample.image_id!r}; put it back, or run `featurize` again, which makes another version of the data "
+                "set"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != digest:
             raise CacheError(
                 f"{sample.image}: is not the image that was indexed as {sample.image_id!r}; run `featurize` again, "
                 "which makes another version of the data set"

@@ -7,6 +7,7 @@ traceback; anything unexpected keeps its traceback.
 
 import argparse
 import errno
+import resource
 import shlex
 import sys
 import textwrap
@@ -29,6 +30,7 @@ from pipeline.config import (
     merge,
 )
 from pipeline.recipes import RECIPES, resolve
+from train.config import PLACEMENT
 
 PROGRAM = "python -m pipeline"
 COMMAND_LINE = "command line"
@@ -62,12 +64,15 @@ EMPTY = "''"
 
 METHOD_HELP = "a method's name (see `run --help`) or a YAML file: changes to one, or a run's config.yaml"
 RUN_HELP = "a run's folder, its name below --runs, or latest"
+ELSEWHERE = tuple(f"train.{name}" for name in PLACEMENT)
+"""Settings that may change when a run is continued, beside those of Ray."""
 
 SUBMIT_HELP = """
 
 Settings are resolved and checked here; they and the sources (not the data) are sent. --root, --cache and
---runs are made absolute and must name storage that every node sees. Ctrl-C stops following, not the job. The
-exit code is 0 if the job succeeded.
+--runs are made absolute and must name storage that every node sees. `train --resume` takes an absolute folder
+as the cluster sees it; a name, or latest, is looked up here. Ctrl-C stops following, not the job. The exit
+code is 0 if the job succeeded.
 
 Without --address the head is RAY_API_SERVER_ADDRESS, RAY_ADDRESS if that is a URL, or http://127.0.0.1:8265
 (`ray dashboard cluster.yaml` forwards it). For a head that asks for a token, set RAY_AUTH_MODE=token here too
@@ -169,7 +174,12 @@ def build_parser() -> _Parser:
         "learn on cached features, extracting nothing; or continue an interrupted run",
     )
     _add_method(train, required=False)
-    train.add_argument("--resume", metavar="RUN", help=f"continue this run: {RUN_HELP}")
+    train.add_argument(
+        "--resume",
+        metavar="RUN",
+        help=f"continue this run: {RUN_HELP}. It keeps its settings; only {_beside_resume()} may stand beside it, to "
+        "go on elsewhere (--ray.address '' starts Ray on this machine)",
+    )
     train.set_defaults(command=_train)
 
     evaluate = add("evaluate", "RUN [--split NAME] [--protocol NAME]", "measure a run's model")
@@ -254,7 +264,7 @@ def _add_cache(cache: _Parser) -> None:
     explain.add_argument("one", metavar="A", help="folder of a column or of a data set in a cache")
     explain.add_argument("other", metavar="B", help="folder of another one")
     explain.set_defaults(command=_cache_explain)
-    repair = add("repair", "verify, and make broken shards again; exit code 1 if anything is left")
+    repair = add("repair", "verify, make broken shards again and go on with unfinished columns; exit code 1 if anything is left")
     repair.add_argument("--address", default="", help="of a running Ray cluster; without it Ray is started here")
     repair.set_defaults(command=_cache_repair)
     gc = add("gc", "list what no run reads; with --delete free it")
@@ -349,6 +359,8 @@ def _days(text: str) -> float:
 
 def _settings(args: argparse.Namespace) -> RunConfig:
     """The method's settings, changed by --config files in their order, then by --key value."""
+    if args.recipe is None:
+        raise ConfigError("train: found neither METHOD nor --resume RUN, expected one of them")
     config = resolve(args.recipe)
     for file in args.config:
         config = merge(config, load_yaml(file), file)
@@ -394,13 +406,12 @@ def _featurize(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     if args.resume is not None:
+        changes = _elsewhere(args)
         run = _resumed(args)
         from pipeline import stages
 
-        stages.resume(run)
+        stages.resume(run, changes)
         return 0
-    if args.recipe is None:
-        raise ConfigError("train: found neither METHOD nor --resume RUN, expected one of them")
     config = _settings(args)
     from pipeline import stages
 
@@ -409,17 +420,34 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _resumed(args: argparse.Namespace) -> Path:
-    """The run to be continued, with its own settings and no others."""
+def _beside_resume() -> str:
+    """The options that may stand beside --resume, in words."""
+    *names, last = ("--runs", "--ray.*", *(f"--{name}" for name in ELSEWHERE))
+    return f"{', '.join(names)} and {last}"
+
+
+def _elsewhere(args: argparse.Namespace) -> dict[str, str]:
+    """What changes in the settings of a run to be continued: where it goes on.
+
+    Raises:
+        ConfigError: something else would change, or a value has a wrong type.
+    """
     changes = _changes(args)
-    runs = changes.pop("runs", RunConfig.runs)
-    others = [*filter(None, [args.recipe]), *args.config, *(f"--{name}" for name in changes)]
+    changes.pop("runs", None)
+    kept = [name for name in changes if name not in ELSEWHERE and not name.startswith("ray.")]
+    others = [*filter(None, [args.recipe]), *args.config, *(f"--{name}" for name in kept)]
     if others:
         raise ConfigError(
-            f"--resume continues a run with its own settings: found {', '.join(others)}, "
-            "expected --resume RUN alone (or with --runs)"
+            f"--resume continues a run with its own settings: found {', '.join(others)}, expected --resume RUN alone "
+            f"or with {_beside_resume()}; for other settings start a new run"
         )
-    return find_run(args.resume, runs)
+    merge(RunConfig(), changes, COMMAND_LINE)
+    return changes
+
+
+def _resumed(args: argparse.Namespace) -> Path:
+    """The run to be continued."""
+    return find_run(args.resume, _changes(args).get("runs", RunConfig.runs))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -504,7 +532,11 @@ def _submit(args: argparse.Namespace) -> int:
     from pipeline import jobs
 
     if task.command is _train and task.resume is not None:
-        argv, files = ["train", "--resume", str(_resumed(task).absolute())], {}
+        changes = {**_elsewhere(task), "ray.address": "auto"}
+        # an absolute folder may be one of the cluster's alone
+        run = task.resume if Path(task.resume).is_absolute() else str(_resumed(task).absolute())
+        argv = ["train", "--resume", run, *(word for name in changes for word in (f"--{name}", changes[name]))]
+        files = {}
     else:
         config = jobs.absolute(_settings(task))
         file = f"{config.name or config.method}.yaml"
@@ -517,6 +549,14 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in USER_ERRORS.items() if module in sys.modules)
 
 
+def _open_more_files() -> None:
+    """Let this process open as many files as it may: a column keeps one open for each of its shards."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -526,6 +566,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (a failed job, a cache with problems), 2 (a mistake), 130 (Ctrl-C).
     """
+    _open_more_files()
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest

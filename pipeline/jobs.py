@@ -40,9 +40,15 @@ def absolute(config: RunConfig) -> RunConfig:
     def path(text: str) -> str:
         return text if not text or "://" in text else str(Path(text).absolute())
 
+    def behind(mark: str, reference: str) -> str:
+        kind, _, rest = reference.partition(mark)
+        return f"{kind}{mark}{Path(rest).absolute()}" if rest and Path(rest).exists() else reference
+
     def encoder(reference: str) -> str:
-        kind, separator, rest = reference.partition("@" if reference.startswith("torchvision:") else ":")
-        return f"{kind}{separator}{Path(rest).absolute()}" if rest and Path(rest).exists() else reference
+        if reference.startswith("regions:"):
+            detector, *pieces = reference.split("+")
+            return "+".join([behind("@", detector), *map(encoder, pieces)])
+        return behind("@" if reference.startswith("torchvision:") else ":", reference)
 
     encoders = dataclasses.replace(
         config.featurize,

@@ -1,6 +1,7 @@
 """How a run is measured: plain, corrected for hubness and in codes, with intervals, and against other runs."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
@@ -53,6 +54,14 @@ class Validation:
     def embed(self, model: Embedder) -> EmbeddedSplit:
         """The split's embeddings, for as many reports as are wanted."""
         return embed_split(model, self.reader, self.split)
+
+    def content(self) -> str:
+        """The sha256 of the split's image ids and captions, in order; the same in every cache that holds them."""
+        content = hashlib.sha256()
+        for row in self.reader.split(self.split)[0]:
+            sample = self.reader.dataset.samples[row]
+            content.update(json.dumps([sample.image_id, sample.captions]).encode())
+        return content.hexdigest()
 
     def report(self, model: Embedder, embedded: EmbeddedSplit, rank: Rank = rank_vectors) -> Report:
         """The full report of a model from its embeddings, ranked by squared distance or in another way."""
@@ -161,18 +170,25 @@ def keep(folder: Path, name: str, report: Report) -> None:
     publish(folder / f"metrics{name}.json", json.dumps(report.as_dict(), indent=1).encode())
 
 
-def keep_hits(folder: Path, report: Report, caption_image: torch.Tensor) -> None:
+def keep_hits(folder: Path, report: Report, caption_image: torch.Tensor, content: str) -> None:
     """Write which queries found their items, for `compare`.
 
     Args:
         folder: of the run.
         report: with its ranks.
         caption_image: (M,) int64, row of the image that each caption belongs to.
+        content: of the split, see `Validation.content`.
     """
     to_text, to_image = report.ranks
     clusters = Clusters.of(to_text, to_image, caption_image)
     held = io.BytesIO()
-    np.savez(held, found=clusters.found.numpy(), captions=clusters.captions.numpy())
+    np.savez(
+        held,
+        found=clusters.found.numpy(),
+        captions=clusters.captions.numpy(),
+        split=np.array(report.split),
+        content=np.array(content),
+    )
     publish(folder / HITS_FILE, held.getvalue())
 
 
@@ -182,20 +198,68 @@ def read_hits(run: Path) -> Clusters:
     Raises:
         EvaluationError: the run is not finished, or the file is damaged.
     """
-    try:
-        with np.load(io.BytesIO((run / HITS_FILE).read_bytes())) as held:
-            return Clusters(torch.from_numpy(held["found"]), torch.from_numpy(held["captions"]))
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise EvaluationError(f"{run}: no {HITS_FILE} of a finished run ({error}); train it to its end") from error
+    return _Hits.read(run).clusters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hits:
+    """What a finished run found, and on what.
+
+    Attributes:
+        clusters: what was found.
+        split: its name.
+        content: of the split; "" in a file of an older version.
+    """
+
+    clusters: Clusters
+    split: str
+    content: str
+
+    @classmethod
+    def read(cls, run: Path) -> "_Hits":
+        try:
+            with np.load(io.BytesIO((run / HITS_FILE).read_bytes())) as held:
+                clusters = Clusters(torch.from_numpy(held["found"]), torch.from_numpy(held["captions"]))
+                split, content = (str(held[name]) if name in held else "" for name in ("split", "content"))
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise EvaluationError(f"{run}: no {HITS_FILE} of a finished run ({error}); train it to its end") from error
+        return cls(clusters, split, content)
+
+    def __str__(self) -> str:
+        images, captions = len(self.clusters.captions), int(self.clusters.captions.sum())
+        return f"{images} images with {captions} captions of the split {self.split!r}"
+
+
+def _check_same_content(runs: Sequence[Path], measured: Sequence[_Hits]) -> None:
+    """Whether all runs were measured on the same images and captions.
+
+    Raises:
+        EvaluationError: they were not, or a run does not say on what.
+    """
+    for run, hits in zip(runs, measured, strict=True):
+        if not hits.content:
+            raise EvaluationError(
+                f"{run} was measured by an older version, which did not keep on what; measure it again: "
+                f"`python -m pipeline evaluate {run}`"
+            )
+        if hits.content != measured[0].content:
+            raise EvaluationError(
+                f"{run} was measured on other images or captions than {runs[0]}: found {hits} and {measured[0]}, "
+                "expected the same ones in the same order; compare runs of the same data and the same --data.evaluate"
+            )
 
 
 def comparison(runs: Sequence[Path]) -> str:
     """A table of runs measured on one split: recalls, 95 % intervals, and the difference of rSum from the first run.
 
     Raises:
-        EvaluationError: a run is not finished, or the runs were measured on different images and captions.
+        EvaluationError: a run is not finished, the runs were measured on different images and captions, or an older
+            version measured one of several.
     """
-    measured = [read_hits(run) for run in runs]
+    read = [_Hits.read(run) for run in runs]
+    if len(runs) > 1:
+        _check_same_content(runs, read)
+    measured = [hits.clusters for hits in read]
     whole = [clusters.metrics(torch.ones(1, len(clusters.captions), dtype=torch.float64))[0] for clusters in measured]
     width = max(len(run.name) for run in runs)
     names = ("R@1", "R@5", "R@10")

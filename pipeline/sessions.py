@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from featurize.resources import OWN
 from pipeline.config import ConfigError, RayConfig
 from pipeline.jobs import copy_sources
 
@@ -43,6 +44,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
                 ray.init(
                     address="local",
                     num_cpus=config.cpus or None,
+                    resources={OWN: 1},
                     object_store_memory=config.object_store_mb * 1024**2,
                     include_dashboard=False,
                     log_to_driver=False,

@@ -8,12 +8,12 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 
 from evaluate.codes import check_codes, save_codebook
 from evaluate.embed import EmbeddedSplit
@@ -24,7 +24,9 @@ from featurize import index as feature_index
 from featurize.columns import column_folder, open_column
 from featurize.copies import Node
 from featurize.datasets.load import load, protocol_of
+from featurize.datasets.sample import IMAGE_SUFFIXES
 from featurize.fill import fill
+from featurize.images.decode import DecodeError, decode
 from featurize.index import Dataset, open_dataset
 from featurize.leases import LOCK
 from featurize.manifest import CacheError, read_manifest
@@ -98,6 +100,11 @@ def _new_run(config: RunConfig, dataset: Dataset, columns: Mapping[str, str]) ->
     return folder
 
 
+def _settings(folder: Path) -> RunConfig:
+    """The settings that a run began with."""
+    return merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+
+
 def _pinned(folder: Path) -> tuple[Dataset, list[PlannedColumn]]:
     """The data and the columns that a run began with."""
     pin = json.loads((folder / CACHE_FILE).read_text("utf-8"))
@@ -160,7 +167,7 @@ def _conclude(
     took = {**took, "parameters": sum(parameter.numel() for parameter in model.parameters())}
     publish(folder / "training.json", json.dumps(took, indent=1).encode())
     trained, others = measure(folder, "", validation, model, embedded)
-    keep_hits(folder, trained, embedded.owner)
+    keep_hits(folder, trained, embedded.owner, validation.content())
     if model.indexable:
         build_index(model, validation.reader, folder / "index")
     reports = {"trained": trained, **beside, **{other.title: other.report for other in others}}
@@ -332,13 +339,19 @@ def _train_with_ray_if_needed(config: RunConfig, folder: Path, dataset: Dataset,
         _train(config, folder, dataset, columns)
 
 
-def resume(folder: Path) -> Path:
+def resume(folder: Path, changes: Mapping[str, str]) -> Path:
     """Continue an interrupted run on the data it began with, from its last checkpoint, in its folder and MLflow run.
+
+    Args:
+        folder: of the run.
+        changes: of its settings, by dotted keys: where it goes on (`ray.*` and `train.config.PLACEMENT`).
 
     Raises:
         CacheError: the version of the data that it began with is not in the cache any more.
+        ConfigError: it joins other runs, or a changed setting has another type.
+        train.state.StateError: a setting differs that has to stay.
     """
-    config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    config = merge(_settings(folder), changes, "command line")
     if config.method == ENSEMBLE:
         raise ConfigError(f"{folder} joins other runs and has nothing to train; resume those, or join them again")
     _train_with_ray_if_needed(config, folder, *_pinned(folder))
@@ -355,21 +368,15 @@ def join(folders: list[Path], name: str) -> Path:
     Raises:
         train.models.ModelError: a run is not finished or reads other columns than the first.
         train.config.SettingsError: a model has no vector.
-        ConfigError: there is only one run.
+        ConfigError: there is only one run, or the name cannot be a folder's.
     """
     if len(folders) < 2:
         raise ConfigError(f"found one run to join, {folders[0].name}; name two or more")
+    own = {"method": ENSEMBLE, "name": name, "runs": str(folders[0].parent)}
+    codes = {"train.objective.quantization": dataclasses.asdict(QuantizationConfig())}
+    config = merge(_settings(folders[0]), {**own, **codes}, "join")
     members = [folder / "model" for folder in folders]
     _, inputs = open_ensemble(members)
-    first = merge(RunConfig(), load_yaml(folders[0] / CONFIG_FILE), str(folders[0] / CONFIG_FILE))
-    objective = replace(first.train.objective, quantization=QuantizationConfig())
-    config = replace(
-        first,
-        method=ENSEMBLE,
-        name=name,
-        runs=str(folders[0].parent),
-        train=replace(first.train, objective=objective),
-    )
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
     identities = {ref.name: ref.id for ref in inputs.columns()}
     folder = _new_run(config, validation.reader.dataset, identities)
@@ -383,12 +390,18 @@ def join(folders: list[Path], name: str) -> Path:
 
 
 def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
-    """Measure a finished run again, on a split or by a protocol of choice; prints, and keeps `metrics-<split>.json`."""
+    """Measure a finished run again, on a split or by a protocol of choice; prints, and keeps `metrics-<split>.json`.
+
+    On the run's own split, what `compare` reads is kept again too.
+    """
     model, inputs = open_model(folder / "model")
-    config = merge(RunConfig(), load_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    config = _settings(folder)
     chosen = split or config.data.evaluate
     validation = Validation(inputs, chosen, _protocol(config, protocol), config.evaluate.tile)
-    report, others = measure(folder, f"-{chosen}", validation, model, validation.embed(model))
+    embedded = validation.embed(model)
+    report, others = measure(folder, f"-{chosen}", validation, model, embedded)
+    if chosen == config.data.evaluate:
+        keep_hits(folder, report, embedded.owner, validation.content())
     print(report.as_table(), *others, sep="\n")
     if (folder / tracking.RUN_FILE).exists():
         try:
@@ -403,13 +416,18 @@ def compare(folders: list[Path]) -> None:
 
 
 def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corrected: bool) -> None:
-    """Answer queries, each a text or a picture's file, with files and distances; on a page too, if one is named."""
+    """Answer queries, each a text or a picture's file, with files and distances; on a page too, if one is named.
+
+    Raises:
+        ConfigError: a picture's file cannot be read.
+        featurize.images.decode.DecodeError: a picture cannot be decoded.
+    """
+    asked = [_read_picture(text) if _is_picture(text) else text for text in queries]
     searcher = Searcher.open(folder)
     answers: list[tuple[str | Path, list[Hit]]] = []
-    for text in queries:
-        query = Path(text) if _is_picture(text) else text
+    for text, query in zip(queries, asked, strict=True):
         hits = searcher.search(query, k, corrected=corrected)
-        answers.append((query, hits))
+        answers.append((Path(text) if _is_picture(text) else text, hits))
         print(f"\n{text}")
         for hit in hits:
             print(f"  {hit.rank:>3}  {hit.distance:6.3f}  {hit.sample.image}  {hit.sample.captions[0]}")
@@ -419,4 +437,16 @@ def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corre
 
 
 def _is_picture(text: str) -> bool:
-    return Path(text).suffix.lower() in {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    return Path(text).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _read_picture(file: str) -> Image.Image:
+    try:
+        return decode(Path(file).read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"no such picture {file!r} ({error.strerror}): a query that ends in {', '.join(sorted(IMAGE_SUFFIXES))} names a "
+            "picture's file; correct its path, or put other words at the end of a text"
+        ) from error
+    except DecodeError as error:
+        raise DecodeError(f"the picture {file!r} cannot be shown to the model: {error}") from error

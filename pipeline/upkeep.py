@@ -1,6 +1,6 @@
 """The `cache` commands: what is there, whether it is sound, and what to do about it."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from featurize import export as features
@@ -10,6 +10,7 @@ from featurize.config import FeaturizeConfig
 from featurize.index import open_dataset
 from featurize.manifest import CacheError, differences, environment, read_manifest
 from featurize.places import Place, place, require_answer
+from featurize.shards import ShardError
 from featurize.verify import Problem, drift, verify
 from pipeline.config import RayConfig
 from pipeline.sessions import ray_session
@@ -40,8 +41,14 @@ def ls(cache: str) -> None:
         last = {name: use for use in every for name in use.columns}
         for path in column_folders(folder):
             use = last.get(path.name)
-            used = f"{Path(use.run).name} {use.time[:10]}{'' if use.exists else ' (gone)'}" if use else "no run yet"
+            used = f"{Path(use.run).name} {use.time[:10]}{_whereabouts(use)}" if use else "no run yet"
             print(f"  {path.name:<44} {_described(path):<50}  {used}")
+
+
+def _whereabouts(use: upkeep.Use) -> str:
+    if use.elsewhere:
+        return f" (on {use.machine})"
+    return "" if use.exists else " (gone)"
 
 
 def _counts(folder: Place, runs: int) -> str:
@@ -64,7 +71,7 @@ def _described(folder: Place) -> str:
 
 
 def check(cache: str, reextract: int) -> int:
-    """Read everything, print what is wrong, and return how many things are.
+    """Read everything, print what is wrong as it is found, and return how many things are.
 
     Args:
         cache: its folder.
@@ -72,18 +79,26 @@ def check(cache: str, reextract: int) -> int:
     """
     problems = []
     for folder in dataset_folders(cache):
-        here = list(verify(folder))
-        problems += here
-        if reextract and not any(problem.folder == folder for problem in here):
-            problems += _drifting(folder, reextract)
-    for problem in problems:
-        print(problem)
-    mend = "; `python -m pipeline cache repair` mends shards" if any(p.shard is not None for p in problems) else ""
+        for problem in _wrong(folder, reextract):
+            print(problem, flush=True)
+            problems.append(problem)
+    mend = "; `python -m pipeline cache repair` mends shards" if any(p.mendable for p in problems) else ""
     print(f"problems: {len(problems)}{mend}" if problems else "every shard is as its manifest says")
     return len(problems)
 
 
-def _drifting(folder: Place, images: int) -> Iterator[Problem]:
+def _wrong(folder: Place, reextract: int) -> Iterator[Problem]:
+    """What is wrong with a data set and its columns."""
+    known = set()
+    for problem in verify(folder):
+        known.add(problem.folder)
+        yield problem
+    if reextract and folder not in known:
+        yield from _drifting(folder, reextract, known)
+
+
+def _drifting(folder: Place, images: int, known: Collection[Place]) -> Iterator[Problem]:
+    """Which columns this machine does not describe again as they were; of those in `known` it is said why already."""
     dataset = open_dataset(folder)
     for path in column_folders(folder):
         try:
@@ -91,10 +106,11 @@ def _drifting(folder: Place, images: int) -> Iterator[Problem]:
             if manifest is None:
                 continue
             drifted = drift(dataset, path, manifest, images)
-        except CacheError as error:
-            yield Problem(path, str(error))
+        except (*upkeep.REFUSALS, ShardError) as error:
+            if path not in known:
+                yield Problem.of(path, error)
             continue
-        print(drifted)
+        print(drifted, flush=True)
         for line in differences(manifest.environment, environment()):
             print(f"  {line} here")
         if drifted.cosine < DRIFT:
@@ -116,12 +132,15 @@ def repair(cache: str, ray: RayConfig) -> int:
     left = 0
     for folder in dataset_folders(cache):
         problems = list(verify(folder))
-        if any(problem.shard is not None for problem in problems):
+        if any(problem.mendable for problem in problems):
             for problem in problems:
-                print(problem)
+                print(problem, flush=True)
             with ray_session(ray):
-                mended = upkeep.repair(open_dataset(folder), problems, FeaturizeConfig(max_quarantined=1.0))
-            print(f"made again what was broken in {', '.join(path.name for path in mended)}")
+                mended, refused = upkeep.repair(open_dataset(folder), problems, FeaturizeConfig(max_quarantined=1.0))
+            for problem in refused:
+                print(f"cannot be made again here: {problem}")
+            if mended:
+                print(f"made again what was broken in {', '.join(path.name for path in mended)}", flush=True)
             problems = list(verify(folder))
         for problem in problems:
             print(f"left: {problem}")
@@ -131,14 +150,24 @@ def repair(cache: str, ray: RayConfig) -> int:
 
 
 def export(columns: list[str], target: str, kind: str) -> None:
-    """Write columns as files for others, and print what was left out."""
+    """Write columns as files for others, and print what was left out.
+
+    Raises:
+        CacheError: the target is a URI of a store, or as `featurize.export.export`.
+    """
+    if "://" in target:
+        raise CacheError(
+            f"OUT: found the URI {target}, expected a path: what is exported is written to a disk; export it to a file "
+            "or folder here, and copy that there"
+        )
     left_out = features.export([place(column, CacheError) for column in columns], Path(target), kind)
     print(f"{target} is written" + (f", without {left_out} rows that hold no values" if left_out else ""))
 
 
 def gc(cache: str, days: float, *, delete: bool) -> None:
     """Print what no run needs, and free it if `delete`."""
-    free = [one for folder in dataset_folders(cache) for one in upkeep.removable(folder, days)]
+    folders = dataset_folders(cache)
+    free = [one for folder in folders for one in upkeep.removable(folder, days)]
     for one in free:
         print(f"{one.folder}  {one.size / 2**20:,.1f} MiB  {one.reason}")
     total = f"{sum(one.size for one in free) / 2**20:,.1f} MiB in {len(free)} folders"
@@ -149,3 +178,9 @@ def gc(cache: str, days: float, *, delete: bool) -> None:
         print(
             f"{total} would be freed by --delete" if free else "nothing to free: runs read every column, or it is young"
         )
+    for folder in folders:
+        if machines := sorted({use.machine for use in upkeep.uses(folder) if use.elsewhere}):
+            print(
+                f"{folder}: runs on {', '.join(machines)} cannot be seen from here and what they read is kept; when "
+                "one is gone, remove the file in `uses` that names it"
+            )

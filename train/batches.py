@@ -357,7 +357,8 @@ def _check_kind(column: Column, role: Literal["vectors", "parts", "bags"]) -> No
             f"{column.name} holds {found}: a tower reads lemmas by its `bags`, everything else by `vectors` or `parts`"
         )
     shape = (*(["L"] if column.ragged else []), *column.shape)
-    if role != "bags" and len(shape) != (1 if role == "vectors" else 2):
+    fits = {"vectors": len(shape) == 1 and not column.ragged, "parts": len(shape) == 2, "bags": True}
+    if not fits[role]:
         raise SettingsError(
             f"{column.name} has rows of shape ({', '.join(map(str, shape))}): a tower reads one vector a row, (D,), by "
             "its `vectors`, and several, (K, D) or (L, D), by its `parts`"

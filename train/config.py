@@ -309,3 +309,7 @@ class TrainConfig:
     )
     gpu: bool = field(default=False, metadata={"help": "one GPU for each worker"})
     max_failures: int = field(default=3, metadata={"help": "how often Ray Train restarts killed workers"})
+
+
+PLACEMENT = ("workers", "cpus_per_worker", "gpu", "max_failures", "checkpoint_steps")
+"""The settings of `TrainConfig` that say where and how safely it computes: a run may go on with others."""

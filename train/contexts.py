@@ -147,7 +147,9 @@ def run_gru(gru: nn.GRU, parts: Tensor, counts: Tensor) -> Tensor:
     packed = nn.utils.rnn.pack_padded_sequence(
         parts.float(), counts.clamp_min(1).cpu(), batch_first=True, enforce_sorted=False
     )
-    states, _ = nn.utils.rnn.pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=parts.shape[1])
+    with torch.autocast("cuda", enabled=False):  # there it would mean float16, whatever autocast computes in
+        output = gru(packed)[0]
+    states, _ = nn.utils.rnn.pad_packed_sequence(output, batch_first=True, total_length=parts.shape[1])
     return states * (counts > 0)[:, None, None]
 
 

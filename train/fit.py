@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from featurize.extract import WORKER_ENV
 from featurize.places import publish
+from featurize.resources import cluster_has, require_resources
 from train.batches import FeatureReader
 from train.checkpoints import Checkpoints
+from train.config import SettingsError
 from train.loop import Progress, Work, feature_dims, train_worker
 from train.models import save_model
 from train.state import read_state
@@ -111,13 +113,6 @@ def _plain_bar(total: int, done: int) -> Progress:
     return tqdm(desc="train", total=total, initial=done, unit="steps")
 
 
-def _cluster_cpus() -> float:
-    import ray
-
-    cpus: float = ray.cluster_resources().get("CPU", 1.0)  # type: ignore[no-untyped-call]  # Ray's
-    return cpus
-
-
 @dataclass(frozen=True)
 class Fitted:
     """What training took and gave.
@@ -144,6 +139,7 @@ def fit(work: Work, folder: Path) -> Fitted:
         folder: the run's, holds `checkpoints/`; workers on other nodes must reach it by the same path.
 
     Raises:
+        SettingsError: there are not as many GPUs or CPU cores.
         ray.train.TrainingFailedError: workers were lost more often than `max_failures`.
         Exception: what a worker's code raised, if it did so every time.
     """
@@ -151,19 +147,23 @@ def fit(work: Work, folder: Path) -> Fitted:
     folder = folder.absolute()
     checkpoints = Checkpoints(folder / "checkpoints")
     if config.workers == 0:
+        if config.gpu and not torch.cuda.is_available():
+            raise SettingsError("--train.gpu true: torch finds no CUDA device on this machine; leave the option out")
         device = torch.device("cuda" if config.gpu else "cpu")
         train_worker(work, checkpoints, device, _plain_bar)
     else:
         import ray.train
         from ray.train.torch import TorchTrainer
 
-        cpus = min(config.cpus_per_worker, max(1, int(_cluster_cpus()) // config.workers))
+        cpus = min(config.cpus_per_worker, max(1, int(cluster_has("CPU")) // config.workers))
+        bundle = {"CPU": cpus, **({"GPU": 1} if config.gpu else {})}
+        require_resources(bundle, config.workers, "lower --train.workers or leave out --train.gpu", SettingsError)
         trainer = TorchTrainer(
             functools.partial(_ray_worker, work, checkpoints, folder / "progress.json"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpu,
-                resources_per_worker={"CPU": cpus, **({"GPU": 1} if config.gpu else {})},
+                resources_per_worker=bundle,
             ),
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees the V1 class
                 name="ray",

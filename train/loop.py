@@ -24,7 +24,7 @@ from featurize.encoder import usable_precision
 from featurize.shards import Array
 from train.batches import Batch, FeatureReader, Inputs
 from train.checkpoints import Checkpoints
-from train.config import SettingsError, TrainConfig
+from train.config import PLACEMENT, SettingsError, TrainConfig
 from train.distributed import average_gradients, gather_embeddings, gather_erased, gather_rows, share_buffers, world
 from train.embeddings import Embeddings, Pairs
 from train.hosts import Host, build_host
@@ -90,8 +90,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def _fingerprint(work: Work) -> dict[str, Any]:
-    placement = ("workers", "cpus_per_worker", "gpu", "max_failures", "checkpoint_steps")
-    config = {key: value for key, value in asdict(work.config).items() if key not in placement}
+    config = {key: value for key, value in asdict(work.config).items() if key not in PLACEMENT}
     inputs = {key: value for key, value in asdict(work.inputs).items() if key != "dataset"}
     return {**config, "cache": inputs, "split": work.split}
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +77,24 @@ def open_ensemble(members: Sequence[Path]) -> tuple[Ensemble, Inputs]:
     Args:
         members: model folders.
 
+    Returns:
+        The ensemble and what all members read; what the losses of their training compared may differ, and is left out.
+
     Raises:
         ModelError: one is missing, is an ensemble itself, or reads other columns than the first.
         train.config.SettingsError: one compares parts and has no vector to join, or there is none.
     """
     opened = [_open_host(member) for member in members]
-    for member, (_, inputs) in zip(members, opened, strict=True):
-        if inputs != opened[0][1]:
-            first, own = ({column.name for column in one.columns()} for one in (opened[0][1], inputs))
+    read = [replace(inputs, semantic=None, lemmas=None) for _, inputs in opened]
+    for member, inputs in zip(members, read, strict=True):
+        if inputs != read[0]:
+            first, own = ({column.name for column in one.columns()} for one in (read[0], inputs))
             differing = ", ".join(sorted(first ^ own)) or "the identities of some columns, or the data set's folder"
             raise ModelError(
                 f"{member} reads other columns than {members[0]}: they differ in {differing}; join models that were "
                 "trained on the same columns of one cache"
             )
-    return Ensemble([host for host, _ in opened]), opened[0][1]
+    return Ensemble([host for host, _ in opened]), read[0]
 
 
 def open_model(folder: Path) -> tuple[Embedder, Inputs]:

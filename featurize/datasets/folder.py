@@ -6,7 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from featurize.datasets.sample import IMAGE_SUFFIXES, SPLIT_NAMES, Sample, caption_lines, open_text
+from featurize.datasets.sample import (
+    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    UNREAD_SUFFIXES,
+    Sample,
+    caption_lines,
+    open_text,
+    unread,
+)
 from featurize.places import Place, prefix
 
 
@@ -16,16 +24,22 @@ def read_folder(root: Place) -> Iterator[Sample]:
     The image id is the path below `root` without its extension. A sub-folder of `root` whose name is in
     `SPLIT_NAMES` (train, val, valid, validation, dev, test, ...) is that split; elsewhere the split is "".
     Hidden files and folders and linked folders are passed over, and so are text files without an image. Of two images
-    that differ by their extension only, so that one text file would describe both, the second one has a problem.
+    that differ by their extension only, so that one text file would describe both, the second one has a problem. So has
+    an image of a kind that is not read (`UNREAD_SUFFIXES`), where it has a text file and no other image has its name.
     """
     for inside, names in _walk(root):
         folder = prefix(root / inside) if inside.parts else prefix(root)
         split = SPLIT_NAMES.get(inside.parts[0].lower(), "") if inside.parts else ""
         images: dict[str, list[str]] = {}
+        strange: list[tuple[str, str]] = []
         for name in names:
             stem, suffix = os.path.splitext(name)  # noqa: PTH122 - Path is slow on a million names
-            if suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if suffix.lower() in IMAGE_SUFFIXES:
                 images.setdefault(stem, []).append(name)
+            elif suffix.lower() in UNREAD_SUFFIXES:
+                strange.append((stem, name))
         texts = set(names)
         captions = _captions(root, inside, [stem for stem in images if f"{stem}.txt" in texts])
         for stem, (first, *others) in images.items():
@@ -35,6 +49,9 @@ def read_folder(root: Place) -> Iterator[Sample]:
             for name in others:
                 problem = f"duplicate image id: {first!r} has it, {name!r} has it too; rename one"
                 yield replace(sample, image=f"{folder}/{name}", problem=problem)
+        for stem, name in strange:
+            if stem not in images and f"{stem}.txt" in texts:
+                yield Sample((inside / stem).as_posix(), f"{folder}/{name}", (), split, problem=unread(name))
 
 
 def _walk(root: Place) -> Iterator[tuple[PurePosixPath, list[str]]]:

@@ -12,7 +12,24 @@ from typing import IO, Any, TextIO
 
 from featurize.places import Place, answering, file_at
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".avif", ".webp"),
+        *(".png", ".apng", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".tga"),
+    }
+)
+"""What names of images end in, in small letters; PIL reads each."""
+
+UNREAD_SUFFIXES = frozenset(
+    {
+        *(".heic", ".heif", ".hif", ".avifs", ".jxl", ".jxr", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".mpo"),
+        *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".erf", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw"),
+        *(".rw2", ".sr2", ".srw", ".x3f", ".svg", ".svgz", ".psd", ".psb", ".xcf", ".eps", ".wmf", ".emf", ".exr"),
+        *(".cur", ".dds", ".dib", ".icns", ".ico", ".pbm", ".pcx", ".pfm", ".pnm", ".qoi", ".ras", ".sgi", ".xbm"),
+        ".xpm",
+    }
+)
+"""What names of images end in that are not read: such a file with captions is a sample with a problem."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -145,6 +162,14 @@ def caption_lines(lines: Iterable[str]) -> tuple[str, ...]:
     while captions and not captions[-1]:
         captions.pop()
     return tuple(captions)
+
+
+def unread(name: str) -> str:
+    """The problem of a captioned image whose suffix is one of `UNREAD_SUFFIXES`."""
+    return (
+        f"{name!r} is an image of a kind that is not read; expected one of {', '.join(sorted(IMAGE_SUFFIXES))}. "
+        "Convert it to one of them"
+    )
 
 
 def split_in(name: str) -> str:

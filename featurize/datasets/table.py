@@ -51,7 +51,7 @@ def read_table(root: Place, config: TableConfig) -> Iterator[Sample]:
         where = f"{path}, {place}"
         image = _name(row, config.image, where)
         image_id = _name(row, config.id, where) if config.id else image
-        split = _text(row.get(config.split), config.split, where)
+        split = _text(row.get(config.split), config.split, where) if config.split else ""
         captions = _captions(row[config.caption], config.caption, where)
         known = images.setdefault(image_id, _Image(image, split, [], place))
         if (known.image, known.split) == (image, split):
@@ -92,15 +92,15 @@ def _table_file(root: Place) -> Place:
 def _columns(found: Iterable[str], config: TableConfig, where: str) -> list[str]:
     """The wanted columns that are there; a split column that nobody named may be absent."""
     found = list(found)
-    optional = {TableConfig().split, ""}
-    wanted = {"image": config.image, "caption": config.caption, "id": config.id, "split": config.split}
+    wanted = {"image": config.image, "caption": config.caption}
+    wanted |= {role: name for role, name in (("id", config.id), ("split", config.split)) if name}
     columns = []
     for role, name in wanted.items():
         if name in found:
             if found.count(name) > 1:
                 raise DataError(f"{where}: {found.count(name)} columns are named {name!r}; rename all but one")
             columns.append(name)
-        elif not (role in ("split", "id") and name in optional):
+        elif role != "split" or name != TableConfig().split:
             raise DataError(
                 f"{where}: no column {name!r}{nearest(name, found)}; "
                 f"found {', '.join(map(repr, found)) or 'none'}. Name the column with --data.table.{role}"
@@ -109,15 +109,24 @@ def _columns(found: Iterable[str], config: TableConfig, where: str) -> list[str]
 
 
 def _delimited_rows(path: Place, config: TableConfig) -> Iterator[_Row]:
+    tsv = path.suffix.lower() == ".tsv"
     with open_text(path) as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        reader = csv.reader(file, delimiter="\t" if tsv else ",", strict=True)
         try:
             header = next(reader, [])
             _columns(header, config, str(path))
+            before = reader.line_num
             for cells in reader:
+                first, before = before + 1, reader.line_num
                 if not cells:
                     continue
                 place = f"line {reader.line_num}"
+                if tsv and any(_swallowed_a_row(cell) for cell in cells):
+                    raise DataError(
+                        f"{path}, lines {first} to {reader.line_num}: a quote opens a cell that holds tabs and line "
+                        "breaks, so it has swallowed rows; expected a cell to end with its column. Where the quote is "
+                        "part of the text, double it and quote the whole cell"
+                    )
                 if len(cells) != len(header):
                     raise DataError(
                         f"{path}, {place}: {len(cells)} cells under {len(header)} columns; "
@@ -130,6 +139,11 @@ def _delimited_rows(path: Place, config: TableConfig) -> Iterator[_Row]:
             raise DataError(
                 f"{path}, line {reader.line_num}: {error}; quote a cell that holds quotes, doubled inside"
             ) from error
+
+
+def _swallowed_a_row(cell: str) -> bool:
+    """Whether a cell of a TSV spans the end of a row: all rows have the same number of cells, so it holds a tab too."""
+    return "\t" in cell and ("\n" in cell or "\r" in cell)
 
 
 def _listed(cell: str, where: str) -> Any:

@@ -8,8 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from featurize.datasets.sample import IMAGE_SUFFIXES, DataError, Sample, caption_lines, required, split_in
+from featurize.datasets.sample import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    DataError,
+    Sample,
+    caption_lines,
+    required,
+    split_in,
+    unread,
+)
 from featurize.places import Place, found
+
+_WANTED = IMAGE_SUFFIXES | UNREAD_SUFFIXES | {".txt", ".json"}
 
 
 @dataclass
@@ -18,6 +29,7 @@ class _Group:
 
     key: str
     span: tuple[int, int] | None = None
+    unread: str = ""
     text: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     suffixes: list[str] = field(default_factory=list)
@@ -34,7 +46,8 @@ def read_tar(root: Place) -> Iterator[Sample]:
     No link is followed, and no member's name is ever used as a path.
 
     A sample has a problem if one of its members is a link, a device or sparse, or a json of another form; if it has no
-    image or several; or if it is the second one of its key, for members that do not stand side by side.
+    image, one of a kind that is not read (`UNREAD_SUFFIXES`) or several; or if it is the second one of its key, for
+    members that do not stand side by side.
 
     Args:
         root: a tar, not compressed, or a folder of tars.
@@ -48,6 +61,8 @@ def read_tar(root: Place) -> Iterator[Sample]:
     for path in paths:
         seen: set[str] = set()
         for group in _groups(path):
+            if UNREAD_SUFFIXES.issuperset(group.suffixes):
+                continue
             if group.key in seen:
                 group.problem = (
                     "members of one key do not stand side by side, as webdataset demands; sort them (tar --sort=name)"
@@ -65,8 +80,7 @@ def _groups(path: Place) -> Iterator[_Group]:
                 folder, name = posixpath.split(member.name)
                 stem, dot, suffix = name.partition(".")
                 suffix = f".{suffix.lower()}"
-                wanted = suffix in IMAGE_SUFFIXES or suffix in (".txt", ".json")
-                if not (stem and dot and wanted) or member.isdir():
+                if not (stem and dot and suffix in _WANTED) or member.isdir():
                     continue
                 key = posixpath.join(folder, stem)
                 if group is None or group.key != key:
@@ -94,6 +108,9 @@ def _require_end(path: Place, offset: int) -> None:
 
 def _add(group: _Group, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> None:
     group.suffixes.append(suffix)
+    if suffix in UNREAD_SUFFIXES:
+        group.unread = posixpath.basename(member.name)
+        return
     if not member.isreg() or member.issparse():
         kind = "a link is not followed" if member.islnk() or member.issym() else "a device or sparse file is not read"
         raise DataError(f"{kind}; pack the file itself (tar --dereference --hard-dereference)")
@@ -130,6 +147,8 @@ def _described(found: Sample, group: _Group) -> Sample:
     """A sample with what its json says of it."""
     if group.problem:
         raise DataError(group.problem)
+    if group.span is None and group.unread:
+        raise DataError(unread(group.unread))
     if group.span is None:
         raise DataError(
             f"no image among its members ({', '.join(group.suffixes)}); "

@@ -7,9 +7,9 @@
 | a .tsv of bottom-up attention (also .tsv.0, ...), or a folder of them | image id |
 | .h5, .hdf5 of bottom-up attention or exported; a folder of them | ids in it or beside it, position |
 | a folder with SPLIT_ims.npy (SCAN) | position in the split |
-| a folder of .npz, one an image; or one .npz with an array an id | the array's or the file's name |
+| a folder of .npz or .npy, one an image; or one .npz with an array an id | the array's or the file's name |
 | a folder with img_emb/, text_emb/ and metadata/ (clip-retrieval) | image_path, caption |
-| .npy, .npz, .safetensors, .parquet; a folder of .npy | ids in it or beside it, position |
+| .npy, .npz, .safetensors, .parquet; a folder of .npy called as encoders' outputs | ids in it or beside it, position |
 | a webdataset .tar, or a folder of them | id in the json, key |
 
 Nothing is unpickled. The reader takes the place of an encoder: it has a card, but nothing that could describe a new
@@ -17,7 +17,7 @@ picture or text.
 """
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,8 @@ PREFIX = "import:"
 _READER = 1  # rises when the same file would be read as other values
 _KINDS = (
     "a .tsv of bottom-up attention, .h5, .hdf5, .npy, .npz, .safetensors, .parquet or .tar; a folder of .tsv, .h5, "
-    ".npz, .npy or .tar; a folder with SPLIT_ims.npy (SCAN); or one with img_emb/ and metadata/ (clip-retrieval)"
+    ".npz, .npy (one an image, or called as encoders' outputs) or .tar; a folder with SPLIT_ims.npy (SCAN); or one "
+    "with img_emb/ and metadata/ (clip-retrieval)"
 )
 
 
@@ -151,10 +152,12 @@ def _recognise_folder(path: Path, modality: Modality) -> _Found:
     if files:
         return _Found(files, lambda *_: scan.open_scan(path, modality))
     inside = sorted(file for file in path.iterdir() if file.is_file())
-    kinds = {kind: tuple(file for file in inside if _kind(file) == kind) for kind in map(_kind, inside) if kind}
+    kinds: dict[str | None, list[Path]] = defaultdict(list)
+    for file in inside:
+        kinds[_kind(file)].append(file)
     for kind in ("tsv", "h5", "npz", "npy", "tar"):
         if kind in kinds:
-            return _of_kind(kind, path, kinds[kind], modality)
+            return _of_kind(kind, path, tuple(kinds[kind]), modality)
     names = ", ".join(file.name for file in inside[:5]) or "no files"
     raise DataError(f"{path}: unknown format; found {names}; expected {_KINDS}")
 
@@ -171,6 +174,15 @@ def _of_kind(kind: str, path: Path, files: tuple[Path, ...], modality: Modality)
             path, modality, lambda: memory.table(content, tokens.KIND, lambda: tokens.read_shapes(path))
         )
 
+    def npy(memory: Memory, content: str) -> Source:
+        if not path.is_dir():
+            return open_npy(path, modality)
+        if not tokens.is_array_an_id(files):
+            return open_npy_folder(path, files, modality)
+        return tokens.open_npy_by_id(
+            path, files, modality, lambda: memory.table(content, tokens.KIND, lambda: tokens.read_npy_shapes(files))
+        )
+
     def tar(memory: Memory, content: str) -> Source:
         table = memory.table(content, tars.KIND, lambda: tars.read_members(files))
         return tars.open_tars(path, files, modality, table)
@@ -179,13 +191,15 @@ def _of_kind(kind: str, path: Path, files: tuple[Path, ...], modality: Modality)
         "tsv": lambda memory, content: _open_tsv(path, files, memory, content, modality),
         "h5": lambda *_: joined([open_h5(file, modality) for file in files], path),
         "npz": npz,
-        "npy": lambda *_: open_npy_folder(path, files, modality) if path.is_dir() else open_npy(path, modality),
+        "npy": npy,
         "safetensors": lambda *_: open_safetensors(path, modality),
         "parquet": lambda *_: open_parquet(path, modality),
         "tar": tar,
     }
-    beside = () if kind in ("tsv", "tar", "parquet") or (kind == "npz" and path.is_dir()) else map(file_beside, files)
-    everything = dict.fromkeys([*files, *(file for file in beside if file is not None)])
+    with_ids = () if kind in ("tsv", "tar", "parquet") or (kind == "npz" and path.is_dir()) else files
+    if kind == "npy" and path.is_dir():
+        with_ids = (path / "_.npy",)  # one for all of them
+    everything = dict.fromkeys([*files, *(file for file in map(file_beside, with_ids) if file is not None)])
     return _Found(tuple(everything), openers[kind])
 
 

@@ -2,8 +2,8 @@
 
 Ids are an array `ids` in the file, or a file beside it (`featurize.imports.ids`); without them rows are told by their
 position. A folder of .npy files is what `cache export --format npy` writes: NAME.npy (N, ...) or, of rows of different
-length, NAME.npy (sum, ...) and NAME.offsets.npy (N + 1); and ids.npy. An .npz without `ids` whose arrays are not called
-as encoders call their outputs holds one array an image, by id: see `featurize.imports.tokens`.
+length, NAME.npy (sum, ...) and NAME.offsets.npy (N + 1); and ids.npy. An .npz, or a folder of .npy, without ids whose
+arrays are not called as encoders call their outputs holds one array an image, by id: see `featurize.imports.tokens`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +22,7 @@ from featurize.imports.source import (
     Part,
     Source,
     blocks,
+    check_names,
     output_names,
     output_of,
     ragged_output,
@@ -64,6 +65,7 @@ def load_npy(path: Path) -> Array:
 def _mapped(
     files: Mapping[str, Path], offsets: Mapping[str, Path], path: Path, modality: Modality, ids: Path | None
 ) -> Source:
+    check_names(files, modality, str(path))  # a system maps only some ten thousand files
     arrays = {name: load_npy(file) for name, file in files.items()}
     ends = {name: load_npy(file).astype(np.int64) for name, file in offsets.items()}
     _check_axes({name: array.shape for name, array in arrays.items()}, str(path))

@@ -28,6 +28,7 @@ from featurize.imports.source import (
     Part,
     Source,
     blocks,
+    listed,
     mean_of,
     output_of,
     ragged_output,
@@ -73,14 +74,32 @@ def _keys(path: Path, file: Any, rows: int) -> ById | InOrder:
         ids = read_ids(beside)
         check_count(ids, rows, str(beside))
         return ById(ids)
-    pickles = sorted(path.parent.glob("*imgid2idx.pkl"))
-    if pickles:
-        raise DataError(
-            f"{path}: its ids are in {pickles[0].name}, a pickle, which may run any code and is never read. Where it "
-            "is trusted, write them as JSON beside it: python -c \"import json, pickle; json.dump(pickle.load(open('"
-            f"{pickles[0].name}', 'rb')), open('{path.stem}_imgid2idx.json', 'w'))\""
-        )
+    _refuse_pickles(path)
     return InOrder((Part(path, "", 0, rows),))
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Let no rows be told by position where their ids are in a pickle.
+
+    Raises:
+        DataError: there are pickles of ids beside the file; where it is plain which one, the message has the command
+            that converts it.
+    """
+    pickles = sorted(file.name for file in path.parent.glob("*imgid2idx.pkl"))
+    own, wanted = f"{path.stem}_imgid2idx.pkl", f"{path.stem}_imgid2idx.json"
+    if not pickles:
+        return
+    if own not in pickles and len(pickles) > 1:
+        raise DataError(
+            f"{path}: found no ids but in pickles, which may run any code and are never read: {listed(pickles)}; none "
+            f"is called {own}. Write the ids of the one that belongs to this file as JSON: {wanted}"
+        )
+    found = own if own in pickles else pickles[0]
+    raise DataError(
+        f"{path}: its ids are in {found}, a pickle, which may run any code and is never read. Where it is trusted, "
+        f"write them as JSON beside it: python -c \"import json, pickle; json.dump(pickle.load(open('{found}', 'rb')), "
+        f"open('{wanted}', 'w'))\""
+    )
 
 
 def _bottom_up(path: Path, file: Any, modality: Modality) -> tuple[dict[str, Any], tuple[Feature, ...], int]:
@@ -132,7 +151,7 @@ def _exported(path: Path, file: Any, modality: Modality) -> tuple[dict[str, Any]
         if isinstance(file[name], h5py.Group):
             if VALUES not in file[name] or OFFSETS not in file[name]:
                 raise DataError(
-                    f"{path}: the group {name!r} holds {', '.join(file[name]) or 'nothing'}, expected {VALUES} and "
+                    f"{path}: the group {name!r} holds {listed(file[name]) or 'nothing'}, expected {VALUES} and "
                     f"{OFFSETS}"
                 )
             ends = file[name][OFFSETS][()].astype(np.int64)
@@ -144,7 +163,7 @@ def _exported(path: Path, file: Any, modality: Modality) -> tuple[dict[str, Any]
             features.append(_feature(path, file, name, name, None, modality))
             counts[name] = len(file[name])
     if not features:
-        found = ", ".join(f"{name} {getattr(value, 'shape', '(group)')}" for name, value in file.items())
+        found = listed(file, lambda name: f"{name} {getattr(file[name], 'shape', '(group)')}")
         raise DataError(
             f"{path}: found the datasets {found or 'none'}; expected image_features, as bottom-up attention has it, or "
             f"some of {', '.join(NAMES[modality])}"

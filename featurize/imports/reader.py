@@ -70,7 +70,8 @@ class FeatureFile:
             ragged) where there are no values; place -> why there are none.
 
         Raises:
-            DataError: a value is beyond the type, or rows that should be copies of each other differ.
+            DataError: a value is beyond the type, or none in a caption's row; rows that should be copies of each other
+                differ.
         """
         asked = sorted((row, place) for place, rows in enumerate(places) for row in rows)
         rows = np.array([row for row, _ in asked], np.int64)
@@ -87,8 +88,8 @@ class FeatureFile:
                         f"{output.name!r} differ; expected copies"
                     )
                 found[place] = values
-                if np.isnan(values).any():
-                    failed[place] = self._nan(output, row)
+                if not np.isfinite(values).all():
+                    failed[place] = self._not_finite(values, output, row)
         absent = {output.name: _absent(output) for output in outputs}
         return {
             name: [absent[name] if place in failed else found[place] for place in range(len(places))]
@@ -98,13 +99,16 @@ class FeatureFile:
     def _checked(self, values: Array, output: Output, row: int) -> Array:
         shape = values.shape[1:] if output.ragged else values.shape
         if shape != output.shape:
-            raise DataError(f"{self.path}: {self._row(row)} has the shape {values.shape}, expected {output.shape}")
+            expected = f"({', '.join(map(str, ('L', *output.shape)))})" if output.ragged else str(output.shape)
+            raise DataError(
+                f"{self.path}: {self._row(row)} has the shape {values.shape}, expected {expected} in {output.name!r}"
+            )
         if output.dtype == "int32":
             bounds = np.iinfo(np.int32)
             if values.size and (values.max() > bounds.max or values.min() < bounds.min):
                 raise DataError(f"{self.path}: {self._row(row)} holds numbers beyond 32 bits")
             return values.astype(np.int32)
-        largest = float(np.max(np.abs(values), initial=0.0, where=~np.isnan(values)))
+        largest = float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
         limit = _FLOAT32 if output.dtype == "float32" else _FLOAT16
         if largest > limit:
             raise DataError(
@@ -114,17 +118,16 @@ class FeatureFile:
             )
         return values.astype(np.float32)
 
-    def _nan(self, output: Output, row: int) -> str:
-        """Why a row that holds NaN has no values.
+    def _not_finite(self, values: Array, output: Output, row: int) -> str:
+        """Why a row that holds NaN or infinity has no values.
 
         Raises:
             DataError: it is a caption's.
         """
+        held = f"{self._row(row)} holds {'NaN' if np.isnan(values).any() else 'infinity'}"
         if self.modality == "text":
-            raise DataError(
-                f"{self.path}: {self._row(row)} holds NaN in {output.name!r}, and every caption must have values"
-            )
-        return f"{self._row(row)} holds NaN"
+            raise DataError(f"{self.path}: {held} in {output.name!r}, and every caption must have values")
+        return held
 
     def _row(self, row: int) -> str:
         """A row as messages name it."""

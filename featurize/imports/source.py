@@ -1,6 +1,6 @@
 """What every format is read as: features by row, and whose rows they are."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,11 @@ NAMES: dict[Modality, tuple[str, ...]] = {
 }
 """What arrays may be called: as encoders call their outputs."""
 
+SCALARS = ("scores", "labels", "lemmas")
+"""Outputs that say one number of each part: a row of theirs is a list of numbers, of everything else's vectors."""
+
 _BLOCK_BYTES = 64 << 20
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -142,10 +146,15 @@ def ragged_output(
     """The output that rows (L_i, *shape) are stored as.
 
     Raises:
-        DataError: see `output_of`.
+        DataError: see `output_of`; or rows are numbers alone, under the name of an output of vectors.
     """
     if dtype.kind not in "iu":
         output_of(name, (1, *shape), dtype, modality, where)
+        if not shape and name not in SCALARS:
+            raise DataError(
+                f"{where}: found rows that are lists of numbers of any length, expected vectors (D,) of one width, or "
+                f"parts (L, D); only {', '.join(SCALARS)} are such lists"
+            )
     return Output(name, shape, ragged=True, dtype="int32" if dtype.kind in "iu" else "float16")
 
 
@@ -164,17 +173,38 @@ def output_names(arrays: Mapping[str, int], modality: Modality, where: str, part
     Raises:
         DataError: several arrays, and a name that says nothing.
     """
-    known = NAMES[modality]
-    if all(name in known for name in arrays):
+    check_names(arrays, modality, where)
+    if all(name in NAMES[modality] for name in arrays):
         return {name: name for name in arrays}
-    if len(arrays) == 1:
-        (name, axes), *_ = arrays.items()
-        by_axes = {"image": ("pooled", parts), "text": ("sentence", "tokens")}[modality]
-        return {name: by_axes[axes >= 2]}
-    raise DataError(
-        f"{where}: found the arrays {', '.join(map(repr, arrays))}, expected one array, or names out of "
-        f"{', '.join(known)}; rename them"
-    )
+    (name, axes), *_ = arrays.items()
+    by_axes = {"image": ("pooled", parts), "text": ("sentence", "tokens")}[modality]
+    return {name: by_axes[axes >= 2]}
+
+
+def check_names(names: Collection[str], modality: Modality, where: str) -> None:
+    """Refuse arrays that are not called as encoders call their outputs, unless there is only one.
+
+    Raises:
+        DataError: none; or several, and a name that says nothing.
+    """
+    known = NAMES[modality]
+    if not names or (len(names) > 1 and not all(name in known for name in names)):
+        raise DataError(
+            f"{where}: found the arrays {listed(names, repr) or '(none)'}, expected one array, or names out of "
+            f"{', '.join(known)}; rename them"
+        )
+
+
+def listed(names: Iterable[str], text: Callable[[str], str] = str) -> str:
+    """The first names as a message shows them, and how many there are if that is not all.
+
+    Args:
+        names: any number of them.
+        text: what is shown of one.
+    """
+    every = list(names)
+    more = f", ... ({len(every)} in all)" if len(every) > _SHOWN else ""
+    return ", ".join(map(text, every[:_SHOWN])) + more
 
 
 def mean_of(feature: Feature) -> Feature:

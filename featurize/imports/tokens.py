@@ -1,7 +1,7 @@
-"""Tokens of a vision transformer as .npz: a file an image (its name is the id), or one file with an array an id.
+"""Tokens of a vision transformer as .npz or .npy: a file an image (its name is the id), or an .npz with an array an id.
 
-An array is (L, D), tokens, or (D,), one vector. A file an image may hold several arrays, called as encoders call their
-outputs.
+An array is (L, D), tokens, or (D,), one vector. An .npz an image may hold several arrays, called as encoders call their
+outputs. Of .npy are, for example, the cocobu_fc (D,) and cocobu_att (K, D) of github.com/ruotianluo.
 """
 
 import zipfile
@@ -13,9 +13,9 @@ import numpy as np
 
 from featurize.datasets.sample import DataError
 from featurize.encoder import Output
-from featurize.imports.arrays import open_rows_npz
-from featurize.imports.ids import COLUMNS
-from featurize.imports.source import NAMES, ById, Feature, Modality, Source, output_names, output_of, ragged_of
+from featurize.imports.arrays import OFFSETS, open_rows_npz
+from featurize.imports.ids import COLUMNS, file_beside
+from featurize.imports.source import NAMES, ById, Feature, Modality, Source, listed, output_names, output_of, ragged_of
 from featurize.shards import Array
 
 KIND = "npz 1"
@@ -63,7 +63,7 @@ def open_npz(path: Path, modality: Modality, table: Callable[[], Mapping[str, Ar
             for row in rows.tolist():
                 yield _member(file, names[row], path)
 
-    return _source({"": shapes["shapes"]}, {"": read}, names, str(shapes["dtype"]), modality, path)
+    return _source("npz by id", {"": shapes["shapes"]}, {"": read}, names, str(shapes["dtype"]), modality, path)
 
 
 def open_npz_folder(
@@ -88,13 +88,62 @@ def open_npz_folder(
 
     of_arrays = {name: shapes["shapes"][:, number] for number, name in enumerate(names)}
     readers = {name: reader(name) for name in names}
-    return _source(of_arrays, readers, [file.stem for file in files], str(shapes["dtype"]), modality, path)
+    return _source("npz by id", of_arrays, readers, [file.stem for file in files], str(shapes["dtype"]), modality, path)
+
+
+def is_array_an_id(files: Sequence[Path]) -> bool:
+    """Whether the .npy files of a folder are an image's each, and not a row an image in each.
+
+    So it is where there are several, none is called as encoders call their outputs, and there are no ids or offsets.
+    """
+    stems = [file.stem for file in files]
+    of_rows = {*COLUMNS, *(name for names in NAMES.values() for name in names)}
+    return (
+        len(stems) > 1
+        and of_rows.isdisjoint(stems)
+        and not any(stem.endswith(OFFSETS) for stem in stems)
+        and file_beside(files[0].with_name("_.npy")) is None
+    )
+
+
+def open_npy_by_id(
+    path: Path, files: Sequence[Path], modality: Modality, table: Callable[[], Mapping[str, Array]]
+) -> Source:
+    """A folder of .npy files, one an image.
+
+    Args:
+        path: the folder.
+        files: in it.
+        modality: whose features they hold.
+        table: gives `read_npy_shapes` of them.
+
+    Raises:
+        DataError: a file is no npy, or arrays do not fit each other.
+    """
+    shapes = table()
+
+    def read(rows: Array) -> Iterator[Array]:
+        for row in rows.tolist():
+            with files[row].open("rb") as file:
+                yield read_npy(file, str(files[row]))
+
+    ids = [file.stem for file in files]
+    return _source("npy by id", {"": shapes["shapes"]}, {"": read}, ids, str(shapes["dtype"]), modality, path)
 
 
 def read_shapes(path: Path) -> dict[str, Array]:
     """The shapes of an npz's arrays: "shapes" (n, 2) int64, -1 for an axis that is not there; "dtype" of the first."""
     with zipfile.ZipFile(path) as file:
-        found = [_header(file, name, path) for name in members(path)]
+        found = [_member_header(file, name, path) for name in members(path)]
+    return {"shapes": np.array([shape for shape, _ in found], np.int64), "dtype": np.array(found[0][1])}
+
+
+def read_npy_shapes(files: Sequence[Path]) -> dict[str, Array]:
+    """The same of .npy files."""
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            found.append(_header(file, str(path)))
     return {"shapes": np.array([shape for shape, _ in found], np.int64), "dtype": np.array(found[0][1])}
 
 
@@ -113,15 +162,16 @@ def read_shapes_of(files: Sequence[Path]) -> dict[str, Array]:
     for path in files:
         own = sorted(members(path))
         if own != names:
-            raise DataError(f"{path}: holds {', '.join(own)}, but {files[0].name} holds {', '.join(names)}")
+            raise DataError(f"{path}: holds {listed(own)}, but {files[0].name} holds {listed(names)}")
         with zipfile.ZipFile(path) as file:
-            found = [_header(file, name, path) for name in names]
+            found = [_member_header(file, name, path) for name in names]
         shapes.append([shape for shape, _ in found])
         dtype = dtype or found[0][1]
     return {"shapes": np.array(shapes, np.int64), "names": np.array(names), "dtype": np.array(dtype)}
 
 
 def _source(
+    layout: str,
     shapes: Mapping[str, Array],
     readers: Mapping[str, Callable[[Array], Iterator[Array]]],
     ids: Sequence[str],
@@ -135,7 +185,7 @@ def _source(
     for name, found in shapes.items():
         output = _output(names[name], found, np.dtype(dtype), modality, ids, f"{path}, {name or 'arrays'}")
         features.append(Feature(output, readers[name]))
-    return Source({"format": "npz by id"}, tuple(features), ById(ids))
+    return Source({"format": layout}, tuple(features), ById(ids))
 
 
 def _output(
@@ -161,12 +211,16 @@ def _shape(axes: Array) -> tuple[int, ...]:
     return tuple(int(axis) for axis in axes if axis >= 0)
 
 
-def _header(file: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, int], str]:
-    """Shape of one array without its values: (L, D), or (-1, D) of a vector; and its dtype."""
+def _member_header(file: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, int], str]:
     with file.open(f"{name}.npy") as member:
-        shape, dtype = npy_header(member, f"{path}, {name}")
+        return _header(member, f"{path}, {name}")
+
+
+def _header(file: Any, where: str) -> tuple[tuple[int, int], str]:
+    """Shape of one array without its values: (L, D), or (-1, D) of a vector; and its dtype."""
+    shape, dtype = npy_header(file, where)
     if len(shape) not in (1, 2) or dtype.kind not in "fiu":
-        raise DataError(f"{path}, {name}: found {dtype} of shape {shape}, expected numbers (L, D) or (D,)")
+        raise DataError(f"{where}: found {dtype} of shape {shape}, expected numbers (L, D) or (D,), an array an id")
     return ((-1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])), dtype.str
 
 

@@ -1,11 +1,15 @@
 """Extraction with the real packaged networks: one task a shard, nothing twice, nothing lost."""
 
+import errno
+import tempfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 
+from featurize import extract
 from featurize.columns import open_column
 from featurize.config import FeaturizeConfig, ScenesConfig
 from featurize.datasets.sample import Sample
@@ -180,6 +184,31 @@ def test_another_network_under_the_same_name_is_refused(pictures, tmp_path):
     task = tasks_for(dataset, CONFIG, columns)[0][0]
     with pytest.raises(CacheError, match="every machine must hold the same weights"):
         extract_shard(replace(task, card=Card("other", "0", {}, ())))
+
+
+def test_no_room_where_a_shard_is_written_before_it_is_uploaded(pictures, bucket, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    dataset = index(pictures, "scenes", bucket, max_quarantined=0)
+    task = tasks_for(dataset, CONFIG, plan(dataset, CONFIG, ("pooled",), ()))[0][0]
+    monkeypatch.setattr(extract, "write_shard", full)
+    message = f"no room for shard 0 .*: free some space in {tempfile.gettempdir()}, where a shard is written first, or"
+    with pytest.raises(CacheError, match=message):
+        extract_shard(task)
+
+
+def test_a_batch_that_the_gpu_cannot_hold(pictures, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    dataset = index(pictures, "scenes", tmp_path, max_quarantined=0)
+    task = tasks_for(dataset, CONFIG, plan(dataset, CONFIG, ("pooled",), ()))[0][0]
+    monkeypatch.setattr(extract, "describe_images", full)
+    message = r"efficientnet-lite0: .*CUDA out of memory.*; lower --featurize.image_batch, which is \d+, and run"
+    with pytest.raises(CacheError, match=message):
+        extract_shard(task)
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 @pytest.mark.parametrize(

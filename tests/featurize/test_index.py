@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featurize.datasets.sample import Sample
@@ -68,6 +70,39 @@ def test_a_changed_file_is_hashed_again(make_samples, tmp_path):
     path.write_bytes(b"picture X")  # the same length
     os.utime(path, ns=(1, 1))
     assert index(samples, "set", tmp_path / "cache", max_quarantined=0).id != first.id
+
+
+def without_hashes(path):
+    pq.write_table(pq.read_table(path).drop_columns(["sha256"]), path)
+
+
+def with_foreign_bytes(path):
+    text = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pq.read_table(path).slice(0, 1).set_column(4, "image", text), path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"PAR1 and no more"),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(path.read_bytes()[:-100] + b"\xff" * 92 + path.read_bytes()[-8:]),
+        without_hashes,
+        with_foreign_bytes,
+    ],
+    ids=["empty", "short", "cut", "overwritten", "without hashes", "not UTF-8"],
+)
+def test_a_damaged_index_is_written_anew_and_holds_up_no_other_version(make_samples, tmp_path, damage):
+    samples = make_samples(tmp_path / "in")
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    damage(dataset.folder / "samples.parquet")
+    with pytest.raises(CacheError, match=r"run `featurize` again|lacks sha256"):
+        open_dataset(dataset.folder)
+    other = index(samples[:5], "set", tmp_path / "cache", max_quarantined=0)
+    assert open_dataset(other.folder) == other != dataset
+    assert index(samples, "set", tmp_path / "cache", max_quarantined=0) == dataset
+    assert open_dataset(dataset.folder) == dataset
 
 
 @pytest.mark.parametrize("seconds", [-1, 3600], ids=["just written", "from the future"])

@@ -1,5 +1,6 @@
 """Files here and in stores: published whole, listed, removed, and stores that do not answer."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -178,3 +179,18 @@ def test_chains_are_left_to_fsspec(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     store, path = file_at(f"simplecache::file://{tmp_path}/a")
     assert store.cat_file(path) == b"x"
+
+
+def test_a_second_name_that_is_there_already_leaves_nothing_behind(tmp_path):
+    """As after a kill between the link and what comes after it."""
+    (tmp_path / "one").write_bytes(b"bytes")
+    for _ in range(2):
+        link(tmp_path / "one", tmp_path / "two")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_fault_of_the_store(bucket, number):
+    with pytest.raises(OSError, match="no room") as full, answering(bucket, CacheError):
+        raise OSError(number, "no room")
+    assert full.value.errno == number

@@ -1,6 +1,12 @@
 """The tar is the array, and still a tar."""
 
+import itertools
+import os
+import re
+import resource
 import tarfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,8 +203,110 @@ def test_a_cut_ragged_shard_is_refused(tmp_path):
     make_ragged(tmp_path, [6])
     path = tmp_path / "000000.tar"
     path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(ShardError, match="rows indexed in 1500 bytes"):
+    with pytest.raises(ShardError, match=r"one of them is cut or damaged \(row 1 .* end within 1500 bytes\)"):
         Column("tokens", tmp_path, [6], ragged=True)
+
+
+def changed(row, place, by):
+    """(index) -> the index with something added to one of its numbers."""
+
+    def change(index):
+        index[row, place] += by
+        return index
+
+    return change
+
+
+INDEX_DAMAGE = {
+    "flat": np.ravel,
+    "short": lambda index: index[:-1],
+    "of another type": lambda index: index.astype(np.float64),
+    "an offset": changed(1, 0, 512),
+    "a high bit of an offset": changed(1, 0, 1 << 62),
+    "before the beginning": changed(0, 0, -10_000),
+    "a length below 0": changed(1, 1, -1),
+    "a length beyond all": changed(2, 1, 1 << 60),
+    "a length beyond the end": changed(5, 1, 3000),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE.values(), ids=INDEX_DAMAGE)
+def test_an_index_that_cannot_be_the_tar_s_is_refused(tmp_path, damage):
+    make_ragged(tmp_path, [6])
+    beside = tmp_path / "000000.idx.npy"
+    np.save(beside, damage(np.load(beside)))
+    with pytest.raises(
+        ShardError, match=r"000000\.tar: the index beside it is another's, or one .* cache repair` makes"
+    ):
+        Column("tokens", tmp_path, [6], ragged=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04 no archive"])
+def test_an_index_that_is_no_array_is_refused(tmp_path, content):
+    make_ragged(tmp_path, [6])
+    (tmp_path / "000000.idx.npy").write_bytes(content)
+    with pytest.raises(ShardError, match=r"000000\.tar: cannot be opened as a shard"):
+        Column("tokens", tmp_path, [6], ragged=True)
+
+
+def test_a_length_within_the_padding_is_told_by_the_tar_alone(tmp_path):
+    rows = [np.arange(length, dtype=np.int32) for length in (3, 0, 7)]
+    write_shard(tmp_path / "000000.tar", ["a", "b", "c"], rows, ragged=True)
+    assert Shard(tmp_path / "000000.tar", 3, ragged=True).has_its_index()
+    beside = tmp_path / "000000.idx.npy"
+    np.save(beside, changed(1, 1, 2)(np.load(beside)))
+    assert not Shard(tmp_path / "000000.tar", 3, ragged=True).has_its_index()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of numpy, for names of types that damage spells
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, for numbers that damage makes too large
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_no_bit_of_the_headers_ends_in_another_error(tmp_path, ragged, quantised):
+    """Each bit of the first member's name and npy header, and of the index's header and first row."""
+    values = np.arange(30, dtype=np.float16).reshape(2, 3, 5)
+    rows = [to_int8(row) if quantised else row for row in values]
+    path = tmp_path / "000000.tar"
+    write_shard(path, ["a", "b"], rows, ragged=ragged)
+    places = [(path, [*range(100), *range(512, 704)])]
+    if ragged:
+        places.append((path.with_suffix(".idx.npy"), range(144)))
+    refused = 0
+    for file, bytes_ in places:
+        whole = file.read_bytes()
+        for place, bit in itertools.product(bytes_, range(8)):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            try:
+                shard = Shard(path, 2, ragged=ragged)
+            except ShardError:
+                refused += 1
+            else:
+                assert [shard.key(row) for row in (0, 1)][1] == "b"
+                assert shard.row(1) is not None
+        file.write_bytes(whole)
+    assert refused > 500
+
+
+def test_too_many_open_files_are_no_damage(tmp_path):
+    make_column(tmp_path, [1] * 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 8
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        opened = []
+        with suppress(OSError):
+            while True:
+                opened.append(stack.enter_context(Path(os.devnull).open("rb")))
+        for file in opened[:3]:
+            file.close()
+        with pytest.raises(ShardError) as caught:
+            Column("test", tmp_path, [1] * 4)
+    assert re.search(
+        rf"0000\d+\.tar: cannot be opened, for this process has the {few} files open that it may have.*"
+        r"`ulimit -n 65536`.*--featurize\.rows_per_shard",
+        str(caught.value),
+    )
 
 
 def test_shards_of_two_shapes_are_no_column(tmp_path):

@@ -12,8 +12,9 @@ from featurize.datasets.scenes import read_scenes
 from featurize.fill import fill, tasks_for
 from featurize.index import index
 from featurize.manifest import read_manifest
-from featurize.plan import plan
+from featurize.plan import PlannedColumn, plan
 from featurize.quarantine import read_quarantine
+from featurize.sharing import known_rows
 from featurize.upkeep import repair
 from featurize.verify import verify
 
@@ -203,6 +204,23 @@ def test_a_damaged_version_is_left_aside(pictures, tmp_path, ray_local, capsys):
     tasks, known = tasks_for(second, CONFIG, columns)
     assert known == 0
     assert rows_to_describe(tasks) == 2 * 5 + sum(len(sample.captions) for sample in pictures[:5])
+
+
+@pytest.mark.parametrize("kept", [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
+def test_a_column_that_was_brought_from_another_version_gives_nothing(make_samples, make_column, tmp_path, kept):
+    """Its rows are not those of the images beside it, whether or not they are as many."""
+    samples = make_samples(tmp_path / "in")
+    first, second, third = (
+        index(chosen, "set", tmp_path / "cache", max_quarantined=0)
+        for chosen in (samples, [samples[row] for row in kept], samples[1:])
+    )
+    manifest, folder = make_column(first)
+    column = PlannedColumn.of(third.folder / folder.name, manifest)
+    known = known_rows(third, column)
+    assert [row.donor.path.parent for row in known] == [folder] * 5
+    moved = second.folder / folder.name
+    folder.rename(moved)
+    assert known_rows(third, column) == []
 
 
 def test_quarantined_rows_stay_so_until_they_are_tried_again(pictures, tmp_path, ray_local, capsys):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from filelock import FileLock
+from upath import UPath
 
 from featurize import describe
 from featurize.columns import open_column
@@ -16,7 +17,8 @@ from featurize.config import FeaturizeConfig, ScenesConfig
 from featurize.datasets.scenes import read_scenes
 from featurize.fill import fill
 from featurize.index import index
-from featurize.manifest import CacheError, read_manifest
+from featurize.manifest import CacheError, read_manifest, touch, write_record
+from featurize.places import files, publish
 from featurize.plan import plan
 from featurize.upkeep import dataset_folders, explain, note_use, removable, remove, repair, uses
 from featurize.verify import drift, verify
@@ -75,31 +77,127 @@ def test_broken_shards_are_made_again_and_no_others(extracted, capsys):
 
 
 def test_a_repair_with_another_network_gives_nothing_up(extracted, monkeypatch):
+    """And the others are mended, whichever comes first."""
     dataset, folders = extracted
     folder = folders["efficientnet-lite0.pooled"]
     manifest = read_manifest(folder)
     damage(folder / "000001.tar")
+    damage(folders["minilm.sentence"] / "000000.tar")
     other = describe.image_encoder("efficientnet-lite0", "float32")
     changed = replace(other.card, preprocessing={**other.card.preprocessing, "resize": [7, 7]})
     monkeypatch.setattr(other, "card", changed)
-    with pytest.raises(
-        CacheError, match=r"is not the one that made it \(preprocessing.resize: \[224, 224\], \[7, 7\]\)"
-    ):
-        repair(dataset, verify(dataset.folder), CONFIG)
-    assert read_manifest(folder) == manifest
+    for problems in (list(verify(dataset.folder)), list(verify(dataset.folder))[::-1]):
+        _, (refused,) = repair(dataset, problems, CONFIG)
+        assert refused.folder == folder
+        assert "is not the one that made it (preprocessing.resize: [224, 224], [7, 7])" in str(refused)
+        assert read_manifest(folder) == manifest
+        assert [problem.folder for problem in verify(dataset.folder)] == [folder]
 
 
-def test_a_repair_without_the_images_gives_nothing_up(extracted, tmp_path):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_repair_without_the_images_gives_nothing_up(extracted, tmp_path, there):
+    """Captions need none."""
     dataset, folders = extracted
     folder = folders["efficientnet-lite0.pooled"]
     manifest = read_manifest(folder)
     damage(folder / "000001.tar")
+    damage(folders["minilm.tokens"] / "000000.tar")
     other = tmp_path / "other.jpg"
-    other.write_bytes(b"other")
-    samples = [replace(sample, image=str(other), span=None) for sample in dataset.samples]
-    with pytest.raises(CacheError, match="is not the image that was indexed"):
-        repair(replace(dataset, samples=tuple(samples)), verify(dataset.folder), CONFIG)
+    if there:
+        other.write_bytes(b"other")
+    samples = tuple(replace(sample, image=str(other), span=None) for sample in dataset.samples)
+    mended, (refused,) = repair(replace(dataset, samples=samples), verify(dataset.folder), CONFIG)
+    assert mended == [folders["minilm.tokens"]]
+    what = "is not the image that was indexed as" if there else "cannot be read ([Errno 2] No such file or directory"
+    assert str(refused).startswith(f"{folder}: {other}: {what}")
     assert read_manifest(folder) == manifest
+    assert [(problem.folder, problem.shard) for problem in verify(dataset.folder)] == [(folder, 1)]
+
+
+def test_an_image_that_had_no_values_may_be_missing(extracted, tmp_path):
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    manifest = read_manifest(folder)
+    first, second, third = manifest.shards
+    replace(manifest, shards=(first, replace(second, quarantined=(1,), reasons=("gone",)), third)).write(folder)
+    damage(folder / "000001.tar")
+    samples = list(dataset.samples)
+    samples[5] = replace(samples[5], image=str(tmp_path / "gone.jpg"), span=None)
+    assert repair(replace(dataset, samples=tuple(samples)), verify(dataset.folder), CONFIG) == ([folder], [])
+    assert read_manifest(folder).missing.tolist() == [5]
+    assert not list(verify(dataset.folder))
+
+
+def test_a_repair_that_was_interrupted_goes_on(extracted, monkeypatch, capsys):
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    whole = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+    damage(folder / "000001.tar")
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featurize.upkeep.fill", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            repair(dataset, verify(dataset.folder), CONFIG)
+    assert read_manifest(folder) is None
+    problems = list(verify(dataset.folder))
+    assert [(problem.folder, problem.begun) for problem in problems] == [(folder, True)]
+    capsys.readouterr()
+    assert repair(dataset, problems, CONFIG) == ([folder], [])
+    assert "4 rows to extract" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == whole
+    assert not list(verify(dataset.folder))
+
+
+def test_an_unfinished_column_without_its_images_is_left(extracted, tmp_path):
+    """Those of finished shards are not needed."""
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    read_manifest(folder).reopen(folder, sound=(0, 2))
+    gone = [replace(sample, image=str(tmp_path / "gone.jpg"), span=None) for sample in dataset.samples]
+    needed = replace(dataset, samples=(*dataset.samples[:6], *gone[6:]))
+    mended, (refused,) = repair(needed, verify(dataset.folder), CONFIG)
+    assert (mended, refused.folder) == ([], folder)
+    assert "gone.jpg: cannot be read" in str(refused)
+    needless = replace(dataset, samples=(*gone[:4], *dataset.samples[4:8], *gone[8:]))
+    assert repair(needless, verify(dataset.folder), CONFIG) == ([folder], [])
+    assert not list(verify(dataset.folder))
+
+
+def test_what_a_job_left_that_died_at_the_very_end_makes_no_shard_sound(extracted):
+    """The manifest is published, the records are still there."""
+    dataset, folders = extracted
+    folder = folders["efficientnet-lite0.pooled"]
+    manifest = read_manifest(folder)
+    for number, record in enumerate(manifest.shards):
+        write_record(folder, number, record)
+    damage(folder / "000001.tar")
+    assert repair(dataset, verify(dataset.folder), CONFIG) == ([folder], [])
+    assert read_manifest(folder) == manifest
+    assert not list(verify(dataset.folder))
+
+
+def test_a_damaged_index_that_versions_share_is_repaired(extracted, tmp_path):
+    """One length within the padding of its member, so that nothing but the tar tells it."""
+    dataset, _ = extracted
+    version = index(dataset.samples[:9], "scenes", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, texts=("lexicon",))
+    for one in (dataset, version):
+        (column,) = plan(one, config, (), ("lemmas",))
+        fill(one, config, [column])
+    beside = column.folder / "000000.idx.npy"
+    assert beside.stat().st_nlink == 2
+    data = bytearray(beside.read_bytes())
+    data[136] ^= 1
+    with beside.open("r+b") as file:
+        file.write(data)
+    for broken in (dataset, version):
+        problems = list(verify(broken.folder))
+        assert [problem.shard for problem in problems] == [0]
+        repair(broken, problems, CONFIG)
+        assert not list(verify(broken.folder))
 
 
 def test_rows_described_again_are_the_same_on_the_same_machine(extracted):
@@ -194,27 +292,88 @@ def test_uses_are_remembered_once_for_each_run(make_dataset, tmp_path):
     assert use.exists
 
 
+def test_a_run_on_another_node_is_not_seen_and_keeps_what_it_reads(make_dataset, make_column, tmp_path, monkeypatch):
+    """Several nodes share the cache, each has its runs on a disk of its own."""
+    dataset = make_dataset()
+    manifest, _ = make_column(dataset)
+    with monkeypatch.context() as patch:
+        patch.setattr("platform.node", lambda: "other")
+        note_use(dataset, tmp_path / "run", [("one.pooled", manifest.id)])
+        assert not uses(dataset.folder)[0].exists
+    (use,) = uses(dataset.folder)
+    assert (use.machine, use.exists, use.elsewhere) == ("other", True, True)
+    age(dataset.folder, 9)
+    assert removable(dataset.folder, 7) == []
+    (tmp_path / "run").mkdir()  # a disk that both have
+    assert (use.exists, use.elsewhere) == (True, False)
+
+
+def test_what_an_earlier_version_noted_is_this_machine_s(make_dataset, tmp_path):
+    dataset = make_dataset()
+    note_use(dataset, tmp_path / "run", [])
+    (path,) = (dataset.folder / "uses").iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": ""}))
+    (use,) = uses(dataset.folder)
+    assert (use.exists, use.elsewhere) == (False, False)
+
+
 def test_what_no_run_reads_may_go(make_dataset, make_column, tmp_path):
     dataset = make_dataset()
-    folders = {name: make_column(dataset, name)[1] for name in ("read", "gone", "never", "young", "locked")}
+    folders = {name: make_column(dataset, name)[1] for name in ("read", "gone", "never", "young")}
     manifests = {name: read_manifest(folder) for name, folder in folders.items()}
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
     note_use(dataset, run, [("read", manifests["read"].id)])
     note_use(dataset, run.with_name("two"), [("gone", manifests["gone"].id), ("read", manifests["read"].id)])
-    for name in ("read", "gone", "never", "locked"):
+    for name in ("read", "gone", "never"):
         age(folders[name], 9)
-    with FileLock(folders["locked"] / ".lock"):
-        found = removable(dataset.folder, 7)
-        assert {one.folder: one.reason for one in found} == {
-            folders["gone"]: f"its last run, {run.with_name('two')}, is gone; 9 days old",
-            folders["never"]: "no run reads it; 9 days old",
-        }
-        assert removable(dataset.folder, 10) == []
+    found = removable(dataset.folder, 7)
+    assert {one.folder: one.reason for one in found} == {
+        folders["gone"]: f"its last run, {run.with_name('two')}, is gone; 9 days old",
+        folders["never"]: "no run reads it; 9 days old",
+    }
+    assert removable(dataset.folder, 10) == []
     size = sum(path.stat().st_size for path in folders["gone"].iterdir())
     assert next(one.size for one in found if one.folder == folders["gone"]) == size
     remove(found)
-    assert {name for name, folder in folders.items() if folder.exists()} == {"read", "young", "locked"}
+    assert {name for name, folder in folders.items() if folder.exists()} == {"read", "young"}
+
+
+def test_what_a_job_may_read_stays_while_it_makes_the_rest(make_dataset, make_column):
+    """It notes that it reads the columns that it found when all are made, which may be days later."""
+    dataset = make_dataset()
+    _, found = make_column(dataset, "found.pooled")
+    making = dataset.folder / "making.pooled@00000000"
+    making.mkdir()
+    age(dataset.folder, 9)
+    with FileLock(making / ".lock"):
+        assert removable(dataset.folder, 0) == []
+    assert [one.folder for one in removable(dataset.folder, 7)] == [found]
+
+
+def test_what_a_job_has_found_is_young(make_dataset, make_column):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    _, other = make_column(dataset, "two.pooled")
+    age(dataset.folder, 9)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    touch(folder)
+    assert [one.folder for one in removable(dataset.folder, 7)] == [other]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    touch(dataset.folder / "gone.pooled@00000000")
+    assert not (dataset.folder / "gone.pooled@00000000").exists()
+
+
+def test_what_a_job_has_found_in_a_store_is_young(make_dataset, make_column):
+    dataset = make_dataset()
+    _, local = make_column(dataset)
+    folder = UPath(f"memory://touched/{local.parent.name}/{local.name}")
+    for path in local.iterdir():
+        publish(folder / path.name, path.read_bytes())
+    touch(folder)
+    assert [file.name for file in files(folder) if file.name.startswith(".")] == [".used"]
+    touch(folder.with_name("gone.pooled@00000000"))
+    assert files(folder.with_name("gone.pooled@00000000")) == []
 
 
 def test_shared_shards_free_nothing(make_dataset, make_column):

@@ -1,5 +1,6 @@
 """What no longer is what it says is found."""
 
+import hashlib
 import os
 import shutil
 from dataclasses import replace
@@ -104,6 +105,65 @@ def test_an_unfinished_column(make_column, make_dataset):
     ]
 
 
+def test_an_unfinished_column_that_says_what_it_is_to_become(make_column, make_samples, tmp_path):
+    samples = make_samples(tmp_path / "in")
+    dataset = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    manifest, folder = make_column(dataset)
+    manifest.reopen(folder, sound=(0,))
+    (problem,) = verify(dataset.folder)
+    assert str(problem).endswith("unfinished (no manifest.json); `featurize` or `cache repair` goes on with it")
+    assert (problem.begun, problem.shard, problem.mendable) == (True, None, True)
+    (folder / "column.json").write_text("{")
+    (problem,) = verify(dataset.folder)
+    assert str(problem).startswith(f"{folder / 'column.json'}: damaged")
+    assert not problem.mendable
+
+
+def test_what_a_finished_column_was_to_become_is_nobody_s_business(make_column, make_dataset):
+    """A job that dies at the very end leaves it."""
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    (folder / "column.json").write_text("{")
+    assert texts(dataset) == []
+
+
+def test_an_unfinished_column_of_another_version(make_column, make_samples, tmp_path):
+    samples = make_samples(tmp_path / "in")
+    first = index(samples, "set", tmp_path / "cache", max_quarantined=0)
+    second = index(samples[:5], "set", tmp_path / "cache", max_quarantined=0)
+    manifest, folder = make_column(first)
+    manifest.reopen(folder, sound=(0,))
+    moved = second.folder / folder.name
+    folder.rename(moved)
+    (problem,) = verify(second.folder)
+    assert (
+        str(problem) == f"{moved}: was made for the data set {first.id[:8]}, but stands in {second.id[:8]}; remove it"
+    )
+    assert not problem.mendable
+
+
+def test_a_shard_that_cannot_be_read(make_column, make_dataset):
+    dataset = make_dataset()
+    _, folder = make_column(dataset)
+    (folder / "000001.tar").unlink()
+    (folder / "000001.tar").mkdir()
+    (problem,) = verify(dataset.folder)
+    assert str(problem).startswith(f"{folder / '000001.tar'}: cannot be read (")
+    assert problem.shard == 1
+
+
+def test_a_key_that_is_no_text(make_column, make_dataset):
+    """A writer that is not ours, or damage before the checksum was taken."""
+    dataset = make_dataset()
+    manifest, folder = make_column(dataset)
+    with (folder / "000001.tar").open("r+b") as file:
+        file.write(b"\xe9")
+    digest = hashlib.sha256((folder / "000001.tar").read_bytes()).hexdigest()
+    replace(manifest, shards=(manifest.shards[0], replace(manifest.shards[1], sha256=digest))).write(folder)
+    (problem,) = verify(dataset.folder)
+    assert "row 0 belongs to '\ufffdd4', expected 'id4'" in str(problem)
+
+
 def test_a_damaged_manifest_hides_no_other_column(make_column, make_dataset):
     dataset = make_dataset()
     _, folder = make_column(dataset)
@@ -166,8 +226,8 @@ def test_a_format_that_is_not_known_here(make_column, make_dataset):
     assert "use the version that wrote it, or another cache" in texts(dataset)[0]
 
 
-def test_an_index_beside_a_ragged_shard(tmp_path, make_dataset):
-    dataset = make_dataset()
+def make_regions(dataset):
+    """A ragged column of one shard; returns its folder."""
     made = {"dataset": dataset.id, "encoder": "one", "output": "regions", "view": "plain"}
     folder = dataset.folder / f"one.regions@{identity(made)[:8]}"
     folder.mkdir()
@@ -175,13 +235,49 @@ def test_an_index_beside_a_ragged_shard(tmp_path, make_dataset):
     file = write_shard(folder / "000000.tar", [row_key(s.image_id) for s in dataset.samples], rows, ragged=True)
     column = PlannedColumn("one.regions", "image", "one", Output("regions", (3,), ragged=True), "plain", made, folder)
     column.manifest(6, [ShardRecord(file.rows, file.size, file.sha256)]).write(folder)
+    return folder
+
+
+def changed(row, place, by):
+    """(index) -> the index with something added to one of its numbers."""
+
+    def change(index):
+        index[row, place] += by
+        return index
+
+    return change
+
+
+INDEX_DAMAGE = {
+    "a length": changed(2, 1, -1),
+    "an offset": changed(2, 0, 128),
+    "a high bit of an offset": changed(2, 0, 1 << 40),
+    "flat": np.ravel,
+    "short": lambda index: index[:-1],
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGE.values(), ids=INDEX_DAMAGE)
+def test_an_index_beside_a_ragged_shard(make_dataset, damage):
+    dataset = make_dataset()
+    folder = make_regions(dataset)
     assert texts(dataset) == []
     beside = folder / "000000.idx.npy"
-    stored = np.load(beside)
-    stored[2, 1] -= 1
-    np.save(beside, stored)
+    np.save(beside, damage(np.load(beside)))
     (problem,) = verify(dataset.folder)
     assert (str(problem), problem.shard) == (f"{beside}: is not the index of the tar beside it", 0)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x93NUMPY", b"PK\x03\x04 no archive"])
+def test_an_index_that_is_no_array(make_dataset, content):
+    dataset = make_dataset()
+    beside = make_regions(dataset) / "000000.idx.npy"
+    beside.unlink()
+    if content is not None:
+        beside.write_bytes(content)
+    (problem,) = verify(dataset.folder)
+    assert str(problem).startswith(f"{beside}: not readable (")
+    assert problem.shard == 0
 
 
 def test_a_folder_that_was_renamed(make_dataset):

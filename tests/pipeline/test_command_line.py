@@ -14,6 +14,7 @@ import pipeline
 from pipeline.__main__ import USER_ERRORS, main
 from pipeline.config import RunConfig, dump_yaml, keys, merge
 from pipeline.recipes import RECIPES
+from train.config import PLACEMENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +133,7 @@ def test_run_s_help_lists_every_method_and_setting(capsys):
     ("command", "words"),
     [
         ("featurize", ["METHOD", "--config", "run --help"]),
-        ("train", ["METHOD", "--resume RUN", "latest"]),
+        ("train", ["METHOD", "--resume RUN", "latest", "--ray.*", "--train.workers", "--train.checkpoint_steps"]),
         ("evaluate", ["RUN", "--split", "--protocol", "--runs DIR"]),
         ("search", ["QUERY", "--k", "--page", "HTML", "--corrected"]),
         ("compare", ["RUN", "--runs DIR", "compared with"]),
@@ -183,6 +184,14 @@ def test_every_command_explains_itself(capsys, command, words):
             ["train", "less", "--resume", "x", "--train.lr", "1", "--config", "a.yaml"],
             "error: --resume continues a run with its own settings: found less, a.yaml, --train.lr, expected",
         ),
+        (
+            ["train", "--resume", "x", "--train.workers", "0", "--ray.address", "", "--cache", "c"],
+            "own settings: found --cache, expected --resume RUN alone or with --runs, --ray.*, --train.workers, ",
+        ),
+        (
+            ["train", "--resume", "gone", "--train.workers", "two"],
+            "error: command line: train.workers: found 'two', expected integer",
+        ),
         (["evaluate", "gone"], "error: found no run 'gone'"),
         (["evaluate", "gone", "--protocol", "x"], "error: argument --protocol: invalid choice: 'x' (choose from"),
         (["evaluate", "gone", "--spilt", "x"], "error: unknown option --spilt; did you mean --split?"),
@@ -196,6 +205,10 @@ def test_every_command_explains_itself(capsys, command, words):
         (["cache", "gc", "--days", "-1"], "error: argument --days: found '-1', expected a number of 0 or more"),
         (["submit"], "error: the following arguments are required: COMMAND"),
         (["submit", "search", "latest", "x"], "error: submit: found 'search latest', expected run, featurize or train"),
+        (["submit", "train", "--resume", "gone"], "error: found no run 'gone'"),
+        (["submit", "train", "--resume", "/x", "--train.lr", "1"], "own settings: found --train.lr, expected"),
+        (["submit", "train", "--resume", "/x", "--ray.cpus", "all"], "ray.cpus: found 'all', expected integer"),
+        (["submit", "train"], "error: train: found neither METHOD nor --resume RUN, expected one of them"),
         (["submit", "run", "less", "--lr", "1"], "error: unknown option --lr; did you mean --train.lr?"),
         (["submit", "--fly", "run", "less"], "error: submit: found '--fly run', expected run, featurize or train"),
         (["submit", "run", "less", "--train.lr", "x"], "error: command line: train.lr: found 'x', expected number"),
@@ -316,7 +329,7 @@ def test_resume_evaluate_and_search_find_their_run(stages, run_folder):
     assert main(["compare", "one", str(run_folder), *runs]) == 0
     assert main(["join", "one", str(run_folder), "--name", "both", *runs]) == 0
     assert fake.calls == [
-        ("resume", run_folder),
+        ("resume", run_folder, {}),
         ("evaluate", run_folder, "test", "coco"),
         ("evaluate", run_folder, None, None),
         ("search", run_folder, ["two dogs", "cat.jpg"], 3, Path("found.html"), {"corrected": False}),
@@ -324,6 +337,19 @@ def test_resume_evaluate_and_search_find_their_run(stages, run_folder):
         ("compare", [run_folder, run_folder]),
         ("join", [run_folder, run_folder], "both"),
     ]
+
+
+def test_a_run_may_be_resumed_elsewhere(stages, run_folder):
+    fake = stages()
+    places = {
+        "ray.address": "",
+        "ray.cpus": "2",
+        "ray.object_store_mb": "100",
+        **{f"train.{name}": "1" for name in PLACEMENT},
+    }
+    argv = [word for name, value in places.items() for word in (f"--{name}", value)]
+    assert main(["train", "--resume", "one", "--runs", str(run_folder.parent), *argv]) == 0
+    assert fake.calls == [("resume", run_folder, places)]
 
 
 # Ctrl-C
@@ -410,5 +436,40 @@ def test_submit_s_defaults(submitted, tmp_path, monkeypatch):
 def test_a_submitted_run_is_resumed_by_its_absolute_folder(submitted, run_folder, monkeypatch):
     monkeypatch.chdir(run_folder.parent.parent)
     main(["submit", "train", "--resume", "latest"])
-    assert submitted[0][0][0] == ["train", "--resume", str(run_folder)]
-    assert submitted[0][1]["files"] == {}
+    main(["submit", "train", "--resume", "runs/one", "--runs", "runs"])
+    for arguments, options in submitted:
+        assert arguments[0] == ["train", "--resume", str(run_folder), "--ray.address", "auto"]
+        assert options["files"] == {}
+
+
+def test_a_folder_that_only_the_cluster_has_is_resumed_there(submitted, stages, run_folder):
+    """What is sent is a command that its Python understands."""
+    argv = ["--train.workers", "2", "--ray.cpus", "3", "--ray.address", "h:1"]
+    main(["submit", "train", "--resume", "/shared only/runs/X", *argv, "--address", "http://h:1"])
+    main(["submit", "train", "--resume", str(run_folder), "--train.workers", "0"])
+    ((there, address), _), (here, _) = submitted
+    assert there[:3] == ["train", "--resume", "/shared only/runs/X"]
+    assert address == "http://h:1"
+    assert dict(zip(there[3::2], there[4::2], strict=True)) == {
+        "--train.workers": "2",
+        "--ray.cpus": "3",
+        "--ray.address": "auto",
+    }
+    fake = stages()
+    assert main(here[0]) == 0
+    assert fake.calls == [("resume", run_folder, {"train.workers": "0", "ray.address": "auto"})]
+
+
+def test_a_process_may_open_a_file_for_each_shard(tmp_path):
+    code = f"""
+import resource
+from pipeline.__main__ import main
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+main(["cache", "ls", "--cache", {str(tmp_path)!r}])
+soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+print(soft, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    soft, wanted = done.stdout.splitlines()[-1].split()
+    assert soft == wanted

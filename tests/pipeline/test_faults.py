@@ -158,8 +158,9 @@ def test_a_killed_worker(undisturbed, tmp_path):
     before = records(cache)
 
     def busy():
-        children = psutil.Process(process.pid).children(recursive=True)
-        return [child for child in children if "ray::extract_shard" in "".join(child.cmdline())]
+        ours = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+        every = psutil.process_iter(["cmdline"])
+        return [one for one in every if one.pid in ours and "ray::extract_shard" in "".join(one.info["cmdline"] or [])]
 
     wait_for(busy, process)[0].send_signal(signal.SIGKILL)
     out, code = finish(process)

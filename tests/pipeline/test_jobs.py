@@ -100,6 +100,10 @@ def test_encoders_in_files_become_absolute_and_names_stay(tmp_path, monkeypatch)
         "torchvision:resnet50@default",
         "transformers:dino",
         "efficientnet-lite0",
+        "regions:fasterrcnn_resnet50_fpn@resnet.pth",
+        "regions:fasterrcnn_resnet50_fpn@resnet.pth+transformers:dino+k=10+score=0.3",
+        "regions:ssd-mobilenet+torchvision:resnet50@resnet.pth+k=10",
+        "regions:fasterrcnn_resnet50_fpn@gone.pth+torchvision:resnet50@random:7",
     )
     texts = ("transformers:dino", "transformers:BAAI/bge-small-en", "minilm")
     changed = absolute(merge(RunConfig(), {"featurize.images": images, "featurize.texts": texts}, "")).featurize
@@ -109,6 +113,10 @@ def test_encoders_in_files_become_absolute_and_names_stay(tmp_path, monkeypatch)
         images[1],
         f"transformers:{here}/dino",
         images[3],
+        f"regions:fasterrcnn_resnet50_fpn@{here}/resnet.pth",
+        f"regions:fasterrcnn_resnet50_fpn@{here}/resnet.pth+transformers:{here}/dino+k=10+score=0.3",
+        f"regions:ssd-mobilenet+torchvision:resnet50@{here}/resnet.pth+k=10",
+        images[7],
     )
     assert changed.texts == (f"transformers:{here}/dino", *texts[1:])
 

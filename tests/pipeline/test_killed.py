@@ -130,11 +130,9 @@ def test_a_killed_worker(place, method):
     name = f"{method}-worker"
     process = training(place, name, method, "--train.workers", "1")
     wait_for_half(place, name, method)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if any("RayTrainWorker" in part for part in child.cmdline())
-    ]
+    ours = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    every = psutil.process_iter(["cmdline"])
+    workers = [one for one in every if one.pid in ours and "RayTrainWorker" in "".join(one.info["cmdline"] or [])]
     assert len(workers) == 1
     workers[0].send_signal(signal.SIGKILL)
     finish(process)

@@ -1,8 +1,11 @@
 """What a run keeps of its measurements, and the hubness banks, which come from the training split, by seed."""
 
 import os
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +15,7 @@ from evaluate.embed import embed_caption_rows
 from evaluate.hubness import HubnessCorrection
 from evaluate.protocols import evaluate_full
 from evaluate.ranks import EvaluationError
-from pipeline.measuring import HITS_FILE, fit_correction, keep_hits, read_hits
+from pipeline.measuring import HITS_FILE, Validation, comparison, fit_correction, keep_hits, read_hits
 from train.batches import FeatureReader
 from train.config import ModelConfig, TowerConfig
 from train.hosts import build_host
@@ -24,8 +27,10 @@ CAPTIONS = torch.tensor([[9.0], [4.0], [1.0], [6.0]])
 OWNER = torch.tensor([1, 0, 1, 1])
 
 
-def write_hits(folder):
-    keep_hits(folder, evaluate_full(IMAGES, CAPTIONS, OWNER, split="val"), OWNER)
+def write_hits(folder, split="val", content="0" * 64):
+    folder.mkdir(exist_ok=True)
+    keep_hits(folder, evaluate_full(IMAGES, CAPTIONS, OWNER, split=split), OWNER, content)
+    return folder
 
 
 def test_hits_are_read_as_they_were_kept(tmp_path):
@@ -43,6 +48,59 @@ def test_cut_hits_are_not_those_of_a_finished_run(tmp_path, size):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(EvaluationError, match=r"no hits\.npz of a finished run .*; train it to its end"):
         read_hits(tmp_path)
+
+
+def test_runs_on_the_same_content_are_compared(tmp_path):
+    runs = [write_hits(tmp_path / name) for name in ("one", "other")]
+    assert "+0.0 (+0.0 to +0.0, p 1.000)" in comparison(runs)
+
+
+def test_runs_on_other_content_of_the_same_size_are_not_compared(tmp_path):
+    runs = [write_hits(tmp_path / "one"), write_hits(tmp_path / "other", "test", "1" * 64)]
+    expected = (
+        f"{runs[1]} was measured on other images or captions than {runs[0]}: found 2 images with 4 captions of the "
+        "split 'test' and 2 images with 4 captions of the split 'val', expected the same ones"
+    )
+    with pytest.raises(EvaluationError, match=re.escape(expected)):
+        comparison(runs)
+
+
+def test_a_run_that_does_not_say_on_what_it_was_measured_is_not_compared(tmp_path):
+    """As an older version kept its hits."""
+    runs = [write_hits(tmp_path / "one"), write_hits(tmp_path / "older")]
+    clusters = read_hits(runs[1])
+    np.savez(runs[1] / HITS_FILE, found=clusters.found.numpy(), captions=clusters.captions.numpy())
+    assert read_hits(runs[1]).found.equal(clusters.found)
+    assert "older" in comparison(runs[1:])  # alone it has nothing to agree with
+    with pytest.raises(EvaluationError, match=r"older was measured by an older .* `python -m pipeline evaluate /"):
+        comparison(runs)
+
+
+def test_content_is_what_a_split_says_wherever_it_lies(tiny_cache, tiny_config, tmp_path):
+    dataset = tiny_cache.dataset
+
+    def content(samples, split="val", missing=()):
+        reader = SimpleNamespace(
+            dataset=SimpleNamespace(samples=samples),
+            split=lambda name: ([n for n, one in enumerate(samples) if one.split == name and n not in missing], []),
+        )
+        validation = Validation(tiny_cache.inputs(tiny_config), split, "full", 64)
+        validation.__dict__["reader"] = reader
+        return validation.content()
+
+    whole = Validation(tiny_cache.inputs(tiny_config), "val", "full", 64).content()
+    assert len(whole) == 64
+    samples = list(dataset.samples)
+    assert content([replace(sample, image=str(tmp_path / "elsewhere")) for sample in samples]) == whole
+    assert content(samples[1:]) == whole  # another training split
+    others = [
+        content(samples, "train"),
+        content(samples, missing={50}),
+        content([*samples[:-2], samples[-1], samples[-2]]),
+        content([*samples[:-1], replace(samples[-1], captions=("another caption",))]),
+        content([*samples[:-1], replace(samples[-1], image_id="another image")]),
+    ]
+    assert len({whole, *others}) == 6
 
 
 @pytest.mark.parametrize(

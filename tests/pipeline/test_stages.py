@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from evaluate.search import Searcher
 from evaluate.tune import SHARES
 from featurize.texts import open_text_encoder
 from pipeline.__main__ import main
-from pipeline.config import RunConfig, load_yaml, merge
+from pipeline.config import RayConfig, RunConfig, load_yaml, merge
 from train.batches import FeatureReader
 
 SMALL = [
@@ -222,6 +223,9 @@ def test_runs_are_joined_to_one_model(place, done, reseeded, capsys):
     assert type_in("join", done) == 2
     assert "found one run to join, first; name two or more" in capsys.readouterr().err
     assert type_in("join", done, place, "--name", "more") == 2
+    capsys.readouterr()
+    assert type_in("join", done, reseeded, "--name", "my run") == 2
+    assert "error: join: name: found 'my run', expected letters, digits and" in capsys.readouterr().err
     assert not (place / "runs" / "three").exists()
 
 
@@ -229,6 +233,26 @@ def test_an_unfinished_run_cannot_be_compared(done, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((done / "config.yaml").read_text())
     assert type_in("compare", done, tmp_path) == 2
     assert "no hits.npz of a finished run" in capsys.readouterr().err
+
+
+def test_runs_on_other_splits_are_not_compared(place, done, capsys):
+    """Both splits have 16 images with 5 captions each."""
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "on-test", *SMALL)
+    splits = ("--data.scenes.test", "16", "--data.evaluate", "test")
+    assert type_in("run", "less", *arguments, *splits) == 0
+    assert type_in("compare", done, place / "runs" / "on-test") == 2
+    found = "found 16 images with 80 captions of the split 'test' and 16 images with 80 captions of the split 'val'"
+    assert found in capsys.readouterr().err
+
+
+def test_what_compare_reads_is_renewed_by_evaluate(done, capsys):
+    file = done / "hits.npz"
+    before = file.read_bytes()
+    file.unlink()
+    assert type_in("evaluate", done, "--split", "test") == 0
+    assert not file.exists()
+    assert type_in("evaluate", done) == 0
+    assert file.read_bytes() == before
 
 
 def test_what_training_took_is_kept(done):
@@ -312,6 +336,19 @@ def test_search_answers_text_and_pictures_with_files_and_distances(place, done, 
     assert lines[3][2] == picture
     assert distances[3] < 0.05
     assert page.read_text("utf-8").count("data:image/jpeg;base64,") == 7
+
+
+def test_a_picture_that_cannot_be_asked_is_told_before_the_model_is_opened(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Searcher, "open", lambda _: pytest.fail("the model was opened"))
+    (tmp_path / "words.png").write_text("no picture")
+    (tmp_path / "folder.gif").mkdir()
+    for query, message in (
+        ("a dog on quarry.JPG", "error: no such picture 'a dog on quarry.JPG' (No such file or directory): a query"),
+        (tmp_path / "folder.gif", "folder.gif' (Is a directory): a query that ends in .jpg, .jpeg, .png, "),
+        (tmp_path / "words.png", "words.png' cannot be shown to the model: no image format that PIL knows: 10 bytes"),
+    ):
+        assert type_in("search", done, "a red ball", query) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_that_was_trained_on_other_weights_is_refused(done, tmp_path, capsys):
@@ -428,6 +465,31 @@ def test_a_run_goes_on_with_the_data_it_began_with(place, done, monkeypatch, cap
     monkeypatch.setattr("pipeline.stages.load", lambda *_: pytest.fail("the source was read"))
     assert type_in("train", "--resume", folder) == 0
     assert (folder / "metrics.json").read_bytes() == (done / "metrics.json").read_bytes()
+
+
+def test_a_run_goes_on_elsewhere(place, done, monkeypatch, capsys):
+    """Begun on a cluster of 64 workers, continued in this process; the settings that it began with stay written."""
+    from train import loop
+
+    folder = place / "runs" / "moved"
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "moved", *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "validate", lambda _self, _epoch: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert type_in("train", "less", *arguments) == 130
+    text = (folder / "config.yaml").read_text()
+    began = text.replace("  workers: 0\n", "  workers: 64\n").replace("  address: ''\n", "  address: auto\n")
+    (folder / "config.yaml").write_text(began)
+    assert type_in("train", "--resume", folder) == 2
+    assert "lower --train.workers" in capsys.readouterr().err
+    sessions = []
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stages.ray_session", lambda config: nullcontext(sessions.append(config)))
+        patch.setattr("pipeline.stages._train", lambda *_: None)
+        assert type_in("train", "--resume", folder, "--ray.address", "", "--ray.cpus", "3") == 0
+    assert sessions == [RayConfig(address="", cpus=3)]
+    assert type_in("train", "--resume", folder, "--train.workers", "0") == 0
+    assert (folder / "metrics.json").read_bytes() == (done / "metrics.json").read_bytes()
+    assert (folder / "config.yaml").read_text() == began
 
 
 def test_a_run_whose_data_is_gone_is_not_continued(place, done, tmp_path, capsys):

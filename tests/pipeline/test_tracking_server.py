@@ -76,15 +76,15 @@ def test_a_server_that_dies_costs_nothing_and_gets_everything_later(tmp_path, mo
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)
-    slowest, steps = 0.0, 0
+    spent, steps = 0.0, 0
 
     def train(seconds):
-        nonlocal slowest, steps
+        nonlocal spent, steps
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             begun = time.perf_counter()
             tracker.log({"loss": 1 / (1 + steps), "val R@1": steps}, steps)
-            slowest = max(slowest, time.perf_counter() - begun)
+            spent += time.perf_counter() - begun
             steps += 1
             time.sleep(0.02)
 
@@ -101,7 +101,7 @@ def test_a_server_that_dies_costs_nothing_and_gets_everything_later(tmp_path, mo
     begun = time.perf_counter()
     tracker.close("FINISHED")
     assert time.perf_counter() - begun < 15
-    assert slowest < 0.05
+    assert spent < 1
     away, unsent = caplog.messages
     assert away.startswith(f"MLflow at {uri} does not answer as it should ([Errno 111] Connection refused). ")
     assert unsent.startswith(f"MLflow at {uri} did not get everything. Nothing is lost")

@@ -2,12 +2,14 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from featurize.index import open_dataset
 from featurize.manifest import read_manifest
 from featurize.upkeep import note_use
+from featurize.verify import Problem
 from pipeline.__main__ import main
 
 SETTINGS = [
@@ -60,6 +62,23 @@ def test_ls_shows_what_is_there_and_who_used_it(cache, tmp_path, capsys):
     assert "unfinished" in words["later.pooled@00000000"]
 
 
+def test_runs_of_other_machines_are_named(cache, tmp_path, capsys, monkeypatch):
+    folder = column(cache, "minilm.sentence")
+    with monkeypatch.context() as patch:
+        patch.setattr("platform.node", lambda: "node7")
+        name, _, column_id = folder.name.partition("@")
+        note_use(open_dataset(folder.parent), tmp_path / "run", [(name, column_id + "0" * 56)])
+    assert type_in("cache", "ls", cache) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if folder.name in line]
+    assert line.endswith(" (on node7)")
+    assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
+    assert capsys.readouterr().out.endswith(
+        f"{folder.parent}: runs on node7 cannot be seen from here and what they read is kept; when one is gone, remove "
+        "the file in `uses` that names it\n"
+    )
+    assert [path.name for path in folder.parent.glob("*@*")] == [folder.name]
+
+
 def test_ls_shows_what_is_damaged(cache, capsys):
     (column(cache, "minilm.sentence") / "manifest.json").write_text("{")
     assert type_in("cache", "ls", cache) == 0
@@ -92,6 +111,56 @@ def test_verify_and_repair(cache, capsys):
     assert capsys.readouterr().out == "every shard is as its manifest says\n"
 
 
+def test_problems_are_told_as_they_are_found(cache, capsys, monkeypatch):
+    """Reading a large cache takes hours."""
+    told = []
+
+    def found(folder):
+        for name in ("first", "second"):
+            yield Problem(folder / "column", f"{folder}: {name}", 0)
+            told.append(capsys.readouterr().out)
+
+    monkeypatch.setattr("pipeline.upkeep.verify", found)
+    assert type_in("cache", "verify", cache) == 1
+    assert told == [f"{dataset_folder(cache)}: {name}\n" for name in ("first", "second")]
+    assert capsys.readouterr().out == "problems: 2; `python -m pipeline cache repair` mends shards\n"
+
+
+def test_what_cannot_be_made_here_is_named_and_the_rest_is_mended(cache, capsys, monkeypatch):
+    image, text = column(cache, "efficientnet-lite0.pooled"), column(cache, "minilm.sentence")
+    manifest = read_manifest(image)
+    for folder in (image, text):
+        (folder / "000001.tar").unlink()
+    monkeypatch.setattr("featurize.datasets.sample.Sample.read", lambda _: Path("/gone").read_bytes())
+    assert type_in("cache", "repair", cache) == 1
+    out = capsys.readouterr().out
+    assert f"cannot be made again here: {image}: " in out
+    assert (
+        "cannot be read ([Errno 2] No such file or directory: '/gone'), expected the image that was indexed as" in out
+    )
+    assert f"made again what was broken in {text.name}\n" in out
+    assert out.endswith(f"left: {image / '000001.tar'}: is missing\nproblems left: 1\n")
+    assert read_manifest(image) == manifest
+
+
+def test_a_repair_that_was_killed_is_gone_on_with(cache, capsys, monkeypatch):
+    folder = column(cache, "minilm.sentence")
+    whole = read_manifest(folder)
+    (folder / "000001.tar").unlink()
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featurize.upkeep.fill", stopped)
+        assert type_in("cache", "repair", cache) == 130
+    assert type_in("cache", "verify", cache) == 1
+    assert "cache repair` mends shards" in capsys.readouterr().out
+    assert type_in("cache", "repair", cache) == 0
+    assert "0 columns found, 20 rows to extract" in capsys.readouterr().out
+    assert read_manifest(folder).shards == whole.shards
+
+
 def test_what_repair_cannot_mend_is_left(cache, capsys):
     (column(cache, "minilm.sentence") / "manifest.json").write_text("{")
     assert type_in("cache", "repair", cache) == 1
@@ -108,6 +177,36 @@ def test_verify_describes_rows_again(cache, capsys):
         (line,) = [line for line in out.splitlines() if line.startswith(str(column(cache, name)))]
         assert f": {rows} rows again, largest difference " in line
         assert float(line.rpartition(" ")[2]) > 0.9999
+
+
+def test_a_column_that_cannot_be_described_again_hides_no_other(cache, capsys, monkeypatch):
+    """A shard is missing, an encoder is not here, a picture is gone: a line each, and the rest is described."""
+    names = ("efficientnet-lite0.pooled", "minilm.sentence", "lexicon-en.lemmas")
+    folders = [column(cache, name) for name in names]
+
+    def verified():
+        code = type_in("cache", "verify", cache, "--reextract", 1)
+        lines = capsys.readouterr().out.splitlines()
+        again = [folder for folder in folders if any(str(folder) in line and "rows again" in line for line in lines)]
+        wrong = {folder: [text for text in lines if str(folder) in text] for folder in folders if folder not in again}
+        assert code == (1 if wrong else 0)
+        return wrong
+
+    assert verified() == {}
+    (folders[0] / "000000.tar").rename(cache / "away")
+    assert verified() == {folders[0]: [f"{folders[0] / '000000.tar'}: is missing"]}
+    (cache / "away").rename(folders[0] / "000000.tar")
+    manifest = read_manifest(folders[1])
+    replace(manifest, reference="transformers:/gone").write(folders[1])
+    ((folder, (text,)),) = verified().items()
+    assert folder == folders[1]
+    assert text.startswith(f"{folders[1]}: ")
+    assert "/gone" in text
+    manifest.write(folders[1])
+    monkeypatch.setattr("featurize.datasets.sample.Sample.read", lambda _: Path("/gone").read_bytes())
+    ((folder, (text,)),) = verified().items()
+    assert folder == folders[0]
+    assert "expected the image that was indexed as" in text
 
 
 def test_other_libraries_are_named_beside_the_drift(cache, capsys):
@@ -143,6 +242,14 @@ def test_explain(cache, capsys):
     assert any(line.startswith("weights: ") for line in lines)
     assert type_in("cache", "explain", one, cache) == 2
     assert "expected the folders of two columns" in capsys.readouterr().err
+
+
+def test_what_is_exported_goes_to_a_disk(cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert type_in("cache", "export", column(cache, "minilm.sentence"), "s3://bucket/out", "--format", "npy") == 2
+    assert "OUT: found the URI s3://bucket/out, expected a path" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_gc_shows_first_and_deletes_on_demand(cache, capsys):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import train.batches
 from featurize.manifest import CacheError
 from featurize.texts.lexicon import lemma_id
 from train.batches import FeatureReader, compares_captions, reads_labels, wanted_outputs
@@ -137,6 +138,23 @@ def test_words_and_vectors_are_not_mixed_up(tiny_cache, tiny_config, tower, mess
     config = replace(tiny_config, model=replace(tiny_config.model, text=tower))
     with pytest.raises(SettingsError, match=message):
         FeatureReader(tiny_cache.inputs(config))
+
+
+def test_lists_of_numbers_are_no_vectors(tiny_cache, tiny_config, monkeypatch):
+    """As a detector's scores are: how many there are differs from row to row."""
+    monkeypatch.setattr(train.batches, "open_column", lambda *_: Numbers())
+    for tower in (TowerConfig(vectors=("pooled",)), TowerConfig(vectors=(), parts=("pooled",))):
+        config = replace(tiny_config, model=replace(tiny_config.model, image=tower))
+        with pytest.raises(
+            SettingsError, match=r"detector.scores has rows of shape \(L\): a tower reads one vector a row, \(D,\), by"
+        ):
+            FeatureReader(tiny_cache.inputs(config))
+
+
+class Numbers:
+    """A ragged column of single numbers."""
+
+    name, ragged, shape, dtype = "detector.scores", True, (), np.dtype(np.float16)
 
 
 def test_only_captions_have_words(tiny_config):

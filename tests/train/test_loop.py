@@ -362,6 +362,26 @@ def test_a_window_of_less_than_nothing_is_refused(tiny_cache, tiny_config, tmp_p
         train_here(make_work(tiny_cache, replace(tiny_config, window=-1), tmp_path), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        (0, "--train.gpu true: torch finds no CUDA device on this machine; leave the option out"),
+        (1, "found 2 CPU and 0 GPU, expected 1 CPU and 1 GPU; lower --train.workers or leave out --train.gpu"),
+    ],
+)
+def test_a_gpu_that_is_not_there(tiny_cache, tiny_config, tmp_path, ray_local, monkeypatch, workers, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = replace(tiny_config, workers=workers, gpu=True, cpus_per_worker=1)
+    with pytest.raises(SettingsError) as refused:
+        fit(make_work(tiny_cache, config, tmp_path), tmp_path)
+    assert message in str(refused.value)
+
+
+def test_more_workers_than_cores_are_refused(tiny_cache, tiny_config, tmp_path, ray_local):
+    with pytest.raises(SettingsError, match=r"found 2 CPU, expected 1 CPU for each of 3; lower --train\.workers"):
+        fit(make_work(tiny_cache, replace(tiny_config, workers=3), tmp_path), tmp_path)
+
+
 def test_more_workers_than_pairs_are_refused(tiny_cache, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr("train.loop.world", lambda: (0, 64))
     with pytest.raises(ValueError, match="a batch of 24 captions, 1 of an image, cannot be dealt to 64 workers"):

@@ -1,11 +1,13 @@
 """Models on the disk, alone and joined."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
 
 from train.batches import FeatureReader
+from train.config import MarginConfig
 from train.hosts import build_host
 from train.models import ModelError, open_model, save_ensemble, save_model
 from train.towers import Dims
@@ -27,7 +29,7 @@ def test_models_are_joined_and_opened_as_one(tiny_cache, tiny_config, tmp_path):
     other, _ = saved(tmp_path / "other", tiny_cache, tiny_config, 1)
     save_ensemble(tmp_path / "both", [tmp_path / "one", tmp_path / "other"])
     both, inputs = open_model(tmp_path / "both")
-    assert inputs == reader.inputs
+    assert inputs == replace(reader.inputs, lemmas=None)
     texts = reader.texts(reader.split("val")[1])
     with torch.no_grad():
         expected = torch.cat([one.embed_texts(texts).vector, other.embed_texts(texts).vector], 1) / 2**0.5
@@ -41,6 +43,22 @@ def test_models_of_other_columns_are_not_joined(tiny_cache, tiny_config, tmp_pat
     with pytest.raises(ModelError, match=r"other reads other columns than .*one: they differ in two\.pooled"):
         save_ensemble(tmp_path / "both", [tmp_path / "one", tmp_path / "other"])
     assert not (tmp_path / "both").exists()
+
+
+def test_models_whose_losses_compared_other_columns_are_joined(tiny_cache, tiny_config, tmp_path):
+    one, _ = saved(tmp_path / "one", tiny_cache, tiny_config, 0)
+    margin = MarginConfig(form="B")
+    objective = replace(tiny_config.objective, hinge=replace(tiny_config.objective.hinge, margin=margin))
+    _, reader = saved(tmp_path / "other", tiny_cache, replace(tiny_config, objective=objective), 1)
+    assert reader.inputs.semantic is not None
+    wordless = replace(tiny_cache, columns=[c for c in tiny_cache.columns if c.name != "lexicon-en.lemmas"])
+    saved(tmp_path / "third", wordless, tiny_config, 2)
+    for first, *others in permutations(["one", "other", "third"]):
+        save_ensemble(tmp_path / first / "joined", [tmp_path / name for name in (first, *others)])
+        joined, inputs = open_model(tmp_path / first / "joined")
+        assert (inputs.semantic, inputs.lemmas) == (None, None)
+        assert inputs.columns() == reader.inputs.columns()
+        assert sum(p.numel() for p in joined.parameters()) == 3 * sum(p.numel() for p in one.parameters())
 
 
 def test_an_ensemble_is_no_member(tiny_cache, tiny_config, tmp_path):

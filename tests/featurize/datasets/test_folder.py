@@ -2,8 +2,12 @@ import os
 
 import pytest
 
+from featurize.config import DataConfig
 from featurize.datasets.folder import read_folder
+from featurize.datasets.load import load
 from featurize.datasets.sample import Sample
+from featurize.index import index
+from featurize.manifest import CacheError
 
 
 def put(path, captions=None):
@@ -71,3 +75,38 @@ def test_two_images_of_one_name(tmp_path):
     ]
     assert (second.image_id, second.image) == ("train/a", str(tmp_path / "train" / "a.png"))
     assert second.problem == "duplicate image id: 'a.jpg' has it, 'a.png' has it too; rename one"
+
+
+def test_images_of_rarer_suffixes(tmp_path):
+    names = ("a.jfif", "b.JPE", "c.jp2", "d.avif", "e.apng", "f.ppm", "g.pgm", "h.tga")
+    for name in names:
+        put(tmp_path / name, b"one")
+    assert list(read_folder(tmp_path)) == [Sample(name[0], f"{tmp_path}/{name}", ("one",), "") for name in names]
+
+
+def test_an_image_of_a_kind_that_is_not_read(tmp_path):
+    put(tmp_path / "val" / "a.HEIC", b"one")
+    put(tmp_path / "val" / "b.jpg", b"two")
+    first, second = read_folder(tmp_path)
+    assert first == Sample("val/b", f"{tmp_path}/val/b.jpg", ("two",), "val")
+    assert (second.image_id, second.image, second.split) == ("val/a", f"{tmp_path}/val/a.HEIC", "val")
+    assert second.problem == (
+        "'a.HEIC' is an image of a kind that is not read; expected one of .apng, .avif, .bmp, .gif, .jfif, .jp2, .jpe, "
+        ".jpeg, .jpg, .pgm, .png, .ppm, .tga, .tif, .tiff, .webp. Convert it to one of them"
+    )
+
+
+def test_what_stands_beside_an_image_or_without_captions_is_passed_over(tmp_path):
+    for name in ("a.jpg", "a.nef", "a.json", "a.npy", "b.json", "b.txt", "c.heic", ".d.heic", ".d.txt", "e"):
+        put(tmp_path / name)
+    (tmp_path / "a.txt").write_text("one")
+    assert list(read_folder(tmp_path)) == [Sample("a", f"{tmp_path}/a.jpg", ("one",), "")]
+
+
+def test_a_folder_of_images_of_which_none_is_read(tmp_path):
+    put(tmp_path / "in" / "a.heic", b"one")
+    samples = load(DataConfig("folder", str(tmp_path / "in"), holdout=0.0, train="", evaluate=""), tmp_path)
+    with pytest.raises(
+        CacheError, match=r"1 of 1 images cannot be used.*\n  a: source: 'a\.heic' is an image of a kind"
+    ):
+        index(samples, "folder", tmp_path / "cache", max_quarantined=0.5)

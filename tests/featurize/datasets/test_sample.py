@@ -1,8 +1,12 @@
+import io
 import os
 
 import pytest
+from PIL import Image, features
 
 from featurize.datasets.sample import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
     DataError,
     Sample,
     caption_lines,
@@ -13,6 +17,7 @@ from featurize.datasets.sample import (
     required,
     split_in,
 )
+from featurize.images.decode import decode
 
 
 def sample(image, span=None):
@@ -160,3 +165,21 @@ def test_image_pattern_without_images(tmp_path):
 def test_nearest():
     assert nearest("flikr8k", ["flickr8k", "coco"]) == " (did you mean 'flickr8k'?)"
     assert nearest("zzz", ["flickr8k", "coco"]) == ""
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_images_of_every_suffix_are_decoded(suffix):
+    kind = Image.registered_extensions()[suffix]
+    feature = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}.get(kind)
+    if feature and not features.check(feature):
+        pytest.skip(f"this PIL has no {feature}")
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32), (200, 100, 50)).save(file, kind)
+    image = decode(file.getvalue())
+    assert image.size == (48, 32)
+    assert image.getpixel((20, 20)) == pytest.approx((200, 100, 50), abs=4)
+
+
+def test_suffixes_are_small_and_read_or_not():
+    assert not IMAGE_SUFFIXES & UNREAD_SUFFIXES
+    assert all(suffix == f".{suffix[1:].lower()}" for suffix in IMAGE_SUFFIXES | UNREAD_SUFFIXES)

@@ -115,6 +115,35 @@ def test_no_split_column_wanted(tmp_path):
     assert read(path, TableConfig(split=""))[0].split == ""
 
 
+def test_columns_without_a_name_are_no_split_and_no_id(tmp_path):
+    samples = [Sample(f"{name}.jpg", f"{tmp_path}/{name}.jpg", ("one",), "") for name in "ab"]
+    two = write(tmp_path / "two.csv", "image,caption,,\na.jpg,one,,\nb.jpg,one,,x\n")
+    assert read(two) == samples
+    assert read(two, TableConfig(split="")) == samples
+    of_pandas = write(tmp_path / "index.csv", ",image,caption\n0,a.jpg,one\n1,b.jpg,one\n")
+    assert read(of_pandas, TableConfig(split="")) == samples
+    lines = write(tmp_path / "t.jsonl", '{"": "x", "image": "a.jpg", "caption": "one"}\n')
+    assert read(lines, TableConfig(split="")) == samples[:1]
+
+
+def test_a_quote_that_swallows_rows_of_a_tsv(tmp_path):
+    rows = 'a.jpg\tone\n\nb.jpg\t"no end\nc.jpg\ttwo\nd.jpg\tthree\ne.jpg\t5"\n'
+    message = (
+        r"t\.tsv, lines 4 to 7: a quote opens a cell that holds tabs and line breaks, so it has swallowed rows; "
+        r"expected .*double it and quote the whole cell$"
+    )
+    with pytest.raises(DataError, match=message):
+        read(write(tmp_path / "t.tsv", f"image\tcaption\n{rows}"))
+    with pytest.raises(DataError, match=r"lines 2 to 3: a quote opens"):
+        read(write(tmp_path / "t.tsv", 'image\tcaption\n"a.jpg\tone\r\nb.jpg"\ttwo\r\n'))
+
+
+def test_quoted_cells_of_a_tsv(tmp_path):
+    rows = 'a.jpg\t"[""one"",\n ""two""]"\nb.jpg\t"a\tb"\nc.jpg\t"""no end"\n'
+    path = write(tmp_path / "t.tsv", f"image\tcaption\n{rows}")
+    assert [sample.captions for sample in read(path)] == [("one", "two"), ("a\tb",), ('"no end',)]
+
+
 def test_absolute_paths_and_uris(tmp_path):
     path = write(tmp_path / "t.csv", "image,caption\n/data/a.jpg,one\ns3://bucket/b//c.jpg,two\n")
     assert [sample.image for sample in read(path)] == ["/data/a.jpg", "s3://bucket/b//c.jpg"]

@@ -159,10 +159,24 @@ def test_a_key_that_comes_again_is_not_mixed_with_the_first(tmp_path):
 
 
 def test_text_without_an_image(tmp_path):
-    path = write(tmp_path / "a.tar", [("a.jp2", b"1"), ("a.txt", b"one"), ("a.json", b"{}")])
+    path = write(tmp_path / "a.tar", [("a.cls", b"1"), ("a.txt", b"one"), ("a.json", b"{}")])
     ((image_id, text),) = problems(path)
     assert image_id == "a"
-    assert text.startswith("no image among its members (.txt, .json); expected one of .bmp, .gif, .jpeg, .jpg, ")
+    assert text.startswith("no image among its members (.txt, .json); expected one of .apng, .avif, .bmp, .gif, ")
+
+
+def test_an_image_of_a_kind_that_is_not_read(tmp_path):
+    members = [("x/a.HEIC", b"1"), ("x/a.txt", b"one"), ("b.json", b"{}"), ("b.cr2", b"2"), ("c.jp2", b"3")]
+    members += [("d.jpg", b"4"), ("d.nef", b"5"), ("d.txt", b"four"), ("alone.svg", b"6")]
+    path = write(tmp_path / "a.tar", members)
+    (first, of_a), (second, of_b) = problems(path)
+    assert (first, second) == ("x/a", "b")
+    assert of_a.startswith("'a.HEIC' is an image of a kind that is not read; expected one of .apng, .avif, ")
+    assert of_b.startswith("'b.cr2' is an image of a kind")
+    assert [(s.image_id, s.captions, s.read()) for s in read_tar(path) if not s.problem] == [
+        ("c", (), b"3"),
+        ("d", ("four",), b"4"),
+    ]
 
 
 def test_two_images_in_a_sample(tmp_path):

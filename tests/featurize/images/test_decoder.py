@@ -134,10 +134,10 @@ def test_one_child_serves_all_images_and_outlives_bad_ones(decoder):
 
 def test_a_decoder_that_hangs_is_ended(script):
     # backtracking in C without an end, which no signal handler of Python's interrupts
-    decoder = script("re.match(r'(a|a)+$', 'a' * 100 + 'b')", timeout=0.3)
+    decoder = script("re.match(r'(a|a)+$', 'a' * 100 + 'b')", timeout=2)
     decoder.decode(GOOD)
     child = the_child(decoder)
-    with pytest.raises(DecodeError, match=r"^the decoder did not answer within 0\.3 s$"):
+    with pytest.raises(DecodeError, match=r"^the decoder did not answer within 2 s$"):
         decoder.decode(b"BAD")
     assert child.returncode == -signal.SIGKILL
     assert decoder.decode(GOOD).size == (8, 6)
@@ -145,7 +145,7 @@ def test_a_decoder_that_hangs_is_ended(script):
 
 
 def test_a_child_that_is_stopped_does_not_stop_us(script):
-    decoder = script("pass", timeout=0.3)
+    decoder = script("pass", timeout=2)
     decoder.decode(GOOD)
     the_child(decoder).send_signal(signal.SIGSTOP)
     with pytest.raises(DecodeError, match="did not answer within"):

@@ -230,7 +230,19 @@ def test_a_table_in_one_large_group(tmp_path, opened):
             "tokens",
             [[1.0, 2.0]],
             pa.list_(pa.list_(pa.float32(), 2)),
-            r"row 6 of a.parquet has the shape \(0,\), expected",
+            r"row 6 of a.parquet has the shape \(0,\), expected \(L, 2\) in 'tokens'",
+        ),
+        (
+            "tokens",
+            [[1.0, 2.0]],
+            pa.list_(pa.list_(pa.float32())),
+            r"row 6 of a.parquet has the shape \(0,\), expected \(L, 2\) in 'tokens'",
+        ),
+        (
+            "pooled",
+            [1.0, 2.0],
+            pa.list_(pa.float32()),
+            r"row 6 of a.parquet has the shape \(0,\), expected \(2,\) in 'pooled'",
         ),
     ],
 )
@@ -261,10 +273,110 @@ def test_a_table_without_ids(tmp_path, values, imported):
     [
         ({"vector": pa.array([[1.0]])}, "found the columns vector, expected some of pooled, grid"),
         ({"pooled": pa.array([1.0])}, r"pooled: found double in lists of the sizes \[\]"),
-        ({"tokens": pa.array([[[1.0]]])}, r"tokens: found double in lists of the sizes \[-1, -1\]"),
+        ({"tokens": pa.array([[[[1.0]]]])}, r"tokens: found double in lists of the sizes \[-1, -1, -1\]"),
+        (
+            {"tokens": pa.array([[], [[]], None, [None]], pa.list_(pa.list_(pa.float32())))},
+            "tokens: found no row with num",
+        ),
+        (
+            {"pooled": pa.array([[], None], pa.list_(pa.float32()))},
+            "pooled: found no row with numbers, expected a list",
+        ),
+        ({"pooled": pa.array([["a"]])}, "pooled: found values of type object, expected floating point"),
+        ({"pooled": pa.array([[1]])}, "pooled: found values of type int64, expected floating point"),
+        ({str(n): pa.array([1.0]) for n in range(2048)}, r"found the columns 0, 1, 2, 3, 4, ... \(2048 in all\), exp"),
     ],
 )
 def test_tables_of_other_types(tmp_path, opened, columns, message):
     path = write_table(tmp_path / "a.parquet", **columns)
     with pytest.raises(DataError, match=message):
         opened(path)
+
+
+@pytest.fixture(params=[pa.list_, pa.large_list], ids=["pandas", "polars"])
+def lists(request):
+    """The type of lists that leave their size open, by the type inside."""
+    return request.param
+
+
+@pytest.mark.parametrize(("name", "modality", "rows"), [("pooled", "image", 7), ("sentence", "text", 35)])
+def test_vectors_in_lists_of_open_size(tmp_path, values, opened, imported, lists, name, modality, rows):
+    array = values(rows, 8)
+    path = write_table(tmp_path / "a.parquet", **{name: pa.array([*map(list, array)], lists(pa.float64()))})
+    assert opened(path, modality).card.outputs == (Output(name, (8,)),)
+    np.testing.assert_array_equal(imported(path, name, modality)[0], array)
+
+
+def test_the_width_is_that_of_the_first_row_that_has_numbers(tmp_path, opened):
+    path = write_table(tmp_path / "a.parquet", pooled=pa.array([None, [], [1.0, 2.0, 3.0]]))
+    assert opened(path).card.outputs == (Output("pooled", (3,)),)
+
+
+def test_a_vector_of_another_width_is_refused(tmp_path, values, imported):
+    rows = [*map(list, values(6, 8)), [1.0] * 9]
+    path = write_table(tmp_path / "a.parquet", ids=pa.array(BACKWARDS), pooled=pa.array(rows))
+    with pytest.raises(DataError, match=r"row 6 \('picture-0.jpg'\) has the shape \(9,\), expected \(8,\) in 'pooled'"):
+        imported(path, "pooled")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("scores", pa.float32()), ("labels", pa.int64())])
+def test_scores_and_labels_are_lists_of_numbers(tmp_path, opened, imported, lists, name, kind):
+    rows = [[number] * (number % 3) for number in range(7)]
+    path = write_table(tmp_path / "a.parquet", **{name: pa.array(rows, lists(kind))})
+    dtype = "float16" if name == "scores" else "int32"
+    assert opened(path).card.outputs == (Output(name, (), ragged=True, dtype=dtype),)
+    assert [row.tolist() for row in imported(path, name)[0]] == rows
+
+
+def test_parts_in_lists_of_open_size(tmp_path, values, opened, imported, lists):
+    rows = [values(number, 8) for number in (0, 3, 1, 4, 1, 5, 2)]
+    cells = pa.array([[*map(list, row)] for row in rows], lists(lists(pa.float32())))
+    path = write_table(tmp_path / "a.parquet", regions=cells)
+    assert opened(path).card.outputs == (Output("regions", (8,), ragged=True),)
+    for row, back in zip(rows, imported(path, "regions")[0], strict=True):
+        np.testing.assert_array_equal(back, row)
+
+
+def test_parts_of_one_number_in_lists_of_open_size(tmp_path, values, opened, imported):
+    array = values(7, 3, 8)
+    cells = pa.array([[*map(list, row)] for row in array], pa.list_(pa.list_(pa.float32()), 3))
+    path = write_table(tmp_path / "a.parquet", grid=cells)
+    assert opened(path).card.outputs == (Output("grid", (3, 8)),)
+    np.testing.assert_array_equal(imported(path, "grid")[0], array)
+
+
+@pytest.mark.parametrize("odd", [[1.0], None])
+def test_a_part_of_another_width_is_refused(tmp_path, imported, odd):
+    rows = [[[1.0, 2.0]]] * 5 + [[[1.0, 2.0], odd]] * 2
+    path = write_table(tmp_path / "a.parquet", regions=pa.array(rows))
+    found = 0 if odd is None else 1
+    with pytest.raises(
+        DataError, match=rf"a.parquet, regions: row 5 holds a list of {found} numbers, expected 2, as in the rows"
+    ):
+        imported(path, "regions")
+
+
+def test_a_width_that_was_found_is_part_of_the_card(tmp_path, values, opened):
+    """A column that an earlier version made of such a table, of single numbers, is another one."""
+    path = write_table(tmp_path / "a.parquet", pooled=pa.array([*map(list, values(7, 8))]))
+    expected = {"reader": 1, "rows": "images", "format": "parquet", "width": "of the first row: pooled"}
+    assert opened(path).card.preprocessing == expected
+    path = write_table(tmp_path / "b.parquet", scores=pa.array([[1.0]] * 7))
+    assert "width" not in opened(path).card.preprocessing
+
+
+def test_ids_alone_are_no_features(tmp_path, opened):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    np.save(folder / "ids.npy", np.array(BACKWARDS))
+    with pytest.raises(DataError, match=r"out: found the arrays \(none\), expected one array, or names out of"):
+        opened(folder)
+
+
+def test_offsets_of_single_numbers_are_no_vectors(tmp_path, values, opened):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    np.save(folder / "pooled.npy", values(9))
+    np.save(folder / "pooled.offsets.npy", np.array([0, 4, 9]))
+    with pytest.raises(DataError, match="out, pooled: found rows that are lists of numbers of any length"):
+        opened(folder)

@@ -111,6 +111,29 @@ def test_regions_of_different_number_are_a_ragged_column(dataset, tmp_path, valu
     assert [str(problem) for problem in verify(dataset.folder)] == []
 
 
+def test_vectors_that_pandas_wrote_are_a_fixed_column(dataset, samples, tmp_path, values):
+    import pandas as pd
+
+    array = values(7, 8)
+    table = pd.DataFrame({"image_id": [sample.image_id for sample in samples], "pooled": list(array)})
+    table.to_parquet(tmp_path / "clip.parquet")
+    columns = extract(dataset, replace(CONFIG, images=(f"import:{tmp_path / 'clip.parquet'}",)), ("pooled",))
+    column = open_column(dataset, "import-clip.pooled", columns["import-clip.pooled"].id)
+    assert (column.ragged, column.shape) == (False, (8,))
+    np.testing.assert_array_equal(column.gather(np.arange(7)), array)
+
+
+def test_an_image_with_infinity_is_quarantined(dataset, tmp_path, values):
+    array = values(7, 8)
+    array[2, 0] = np.inf
+    np.save(tmp_path / "a.npy", array)
+    columns = extract(dataset, replace(CONFIG, images=(f"import:{tmp_path / 'a.npy'}",)), ("pooled",))
+    manifest = read_manifest(columns["import-a.pooled"].folder)
+    assert manifest.missing.tolist() == [2]
+    (line,) = map(json.loads, (dataset.folder / "quarantine.jsonl").read_text().splitlines())
+    assert (line["stage"], line["reason"]) == ("import", "row 2 of a.npy holds infinity")
+
+
 def test_captions_by_position(dataset, tmp_path, values):
     array = values(35, 8)
     np.save(tmp_path / "clip.npy", array)

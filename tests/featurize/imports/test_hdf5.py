@@ -123,6 +123,49 @@ def test_a_pickle_of_ids_is_not_read(fixed, tmp_path, opened):
         opened(fixed[0])
 
 
+def test_the_pickle_of_a_file_is_named_after_it(fixed, tmp_path, opened):
+    (tmp_path / "train36_imgid2idx.json").unlink()
+    for name in ("train36", "val36"):
+        (tmp_path / f"{name}_imgid2idx.pkl").write_bytes(b"")
+    val = fixed[0].rename(tmp_path / "val36.hdf5")
+    with pytest.raises(
+        DataError,
+        match=r"ids are in val36_imgid2idx.pkl, .*open\('val36_imgid2idx.pkl', .*open\('val36_imgid2idx.json', 'w'\)",
+    ):
+        opened(val)
+
+
+def test_of_several_pickles_of_other_names_none_is_chosen(fixed, tmp_path, opened):
+    (tmp_path / "train36_imgid2idx.json").unlink()
+    for name in ("train36", "val36"):
+        (tmp_path / f"{name}_imgid2idx.pkl").write_bytes(b"")
+    with pytest.raises(
+        DataError,
+        match=r"never read: train36_imgid2idx.pkl, val36_imgid2idx.pkl; none is called all_imgid2idx.pkl. Write",
+    ) as raised:
+        opened(fixed[0].rename(tmp_path / "all.hdf5"))
+    assert "python -c" not in str(raised.value)
+
+
+def test_a_dataset_an_image_is_refused_in_few_words(tmp_path, opened):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for number in range(1000):
+            file[f"{number:04}_features"] = np.ones((3, 4), np.float32)
+    with pytest.raises(
+        DataError, match=r"0003_features \(3, 4\), 0004_features \(3, 4\), ... \(1000 in all\); expected"
+    ):
+        opened(tmp_path / "a.h5")
+
+
+def test_rows_of_numbers_are_no_vectors(tmp_path, opened):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["pooled/values"], file["pooled/offsets"] = np.ones(7), np.array([0, 3, 7])
+    with pytest.raises(
+        DataError, match=r"pooled/values: found rows that are lists of numbers .*; only scores, labels, lemmas are such"
+    ):
+        opened(tmp_path / "a.h5")
+
+
 def replace(name, values):
     def change(file):
         del file[name]

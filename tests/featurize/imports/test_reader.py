@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from featurize import imports
 from featurize.datasets.sample import DataError
 from featurize.encoder import EncoderError, Output
 from featurize.imports import check_imports, is_import, open_import, remembered, tsv
@@ -115,7 +116,7 @@ def test_a_text_file_is_scanned_once(tmp_path, opened, hashed, monkeypatch):
     assert opened(tmp_path / "a.tsv").source.keys.ids == [f"picture-{n}" for n in range(7)]
 
 
-@pytest.mark.parametrize("value", [1e5, -65520.0, np.inf])
+@pytest.mark.parametrize("value", [1e5, -65520.0])
 def test_values_beyond_float16_are_refused(path, imported, values, value):
     array = values(7, 8)
     array[3, 2] = value
@@ -147,13 +148,25 @@ def test_the_row_is_named_by_its_id(path, tmp_path, imported, values):
         imported(path, "pooled")
 
 
-def test_an_image_with_nan_has_no_values(path, imported, values):
+@pytest.mark.parametrize(
+    ("value", "held"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity"), ([np.inf, np.nan], "NaN")]
+)
+def test_an_image_with_nan_or_infinity_has_no_values(path, imported, values, value, held):
     array = values(7, 8)
-    array[4, 5] = np.nan
+    array[4, 5:7] = value
     np.save(path, array)
     found, failed = imported(path, "pooled")
-    assert failed == {4: "row 4 of features.npy holds NaN"}
+    assert failed == {4: f"row 4 of features.npy holds {held}"}
     assert np.isnan(found[4]).all()
+    np.testing.assert_array_equal(found[5], array[5])
+
+
+def test_values_beyond_the_type_are_seen_beside_infinity(path, imported, values):
+    array = values(7, 8)
+    array[4, 5:7] = -np.inf, 1e5
+    np.save(path, array)
+    with pytest.raises(DataError, match=r"row 4 of features.npy holds 100000 in 'pooled', beyond the 65504"):
+        imported(path, "pooled")
 
 
 def test_a_row_without_values_has_none_in_any_output(tmp_path, opened, samples, values):
@@ -167,11 +180,13 @@ def test_a_row_without_values_has_none_in_any_output(tmp_path, opened, samples, 
     np.testing.assert_array_equal(found["pooled"][3], pooled[3])
 
 
-def test_a_caption_with_nan_is_refused(path, imported, values):
+@pytest.mark.parametrize(("value", "held"), [(np.nan, "NaN"), (np.inf, "infinity")])
+def test_a_caption_with_nan_or_infinity_is_refused(path, imported, values, value, held):
     array = values(35, 8)
-    array[4, 5] = np.nan
+    array[4, 5] = value
     np.save(path, array)
-    with pytest.raises(DataError, match=r"row 4 of features.npy holds NaN in 'sentence', and every caption must have"):
+    message = rf"row 4 of features.npy holds {held} in 'sentence', and every caption must have"
+    with pytest.raises(DataError, match=message):
         imported(path, "sentence", "text")
 
 
@@ -221,6 +236,20 @@ def test_files_of_no_known_format(tmp_path, opened, name, message):
     (tmp_path / "folder" / "notes.md").write_text("notes")
     with pytest.raises(DataError, match=message):
         opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("count", [10, 40])
+def test_each_file_of_a_folder_is_recognised_by_its_own_name_alone(tmp_path, opened, values, monkeypatch, count):
+    """Not by comparing it with all others: a folder may hold a file for each of 100,000 images."""
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    for number in range(count):
+        np.savez(folder / f"picture-{number}.npz", tokens=values(2, 8))
+    looked_at = []
+    real = imports._kind
+    monkeypatch.setattr(imports, "_kind", lambda path: looked_at.append(path) or real(path))
+    opened(folder)
+    assert len(looked_at) == 2 * count  # once for the stamps of the files, once to open them
 
 
 def test_a_path_may_be_relative_or_at_home(path, tmp_path, monkeypatch):

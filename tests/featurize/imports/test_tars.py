@@ -57,6 +57,10 @@ def test_keys_or_ids_in_json_tell_rows(tmp_path, values, opened, imported):
             "members of different width or type",
         ),
         ({"a.grid.npy": npy(np.ones((2, 2, 2, 2)))}, r"found float64 of shape \(2, 2, 2, 2\), expected numbers"),
+        (
+            {"a.pooled.npy": npy(np.ones(2)), "b.pooled.npy": npy(np.ones(3))},
+            r"a.tar, pooled: found rows that are lists of numbers of any length, expected vectors \(D,\)",
+        ),
         ({"a.pooled.npy": npy(np.array(["text"]))}, "found <U4 of shape"),
         ({"a.pooled.npy": b"no array"}, "a.pooled.npy: not an npy array"),
         ({"a.json": b"{"}, "a.json: not valid JSON"),
