@@ -264,7 +264,10 @@ def _add_cache(cache: _Parser) -> None:
     explain.add_argument("one", metavar="A", help="folder of a column or of a data set in a cache")
     explain.add_argument("other", metavar="B", help="folder of another one")
     explain.set_defaults(command=_cache_explain)
-    repair = add("repair", "verify, make broken shards again and go on with unfinished columns; exit code 1 if anything is left")
+    repair = add(
+        "repair",
+        "verify, make broken shards again and go on with unfinished columns; exit code 1 if anything is left",
+    )
     repair.add_argument("--address", default="", help="of a running Ray cluster; without it Ray is started here")
     repair.set_defaults(command=_cache_repair)
     gc = add("gc", "list what no run reads; with --delete free it")

@@ -445,8 +445,8 @@ def _read_picture(file: str) -> Image.Image:
         return decode(Path(file).read_bytes())
     except OSError as error:
         raise ConfigError(
-            f"no such picture {file!r} ({error.strerror}): a query that ends in {', '.join(sorted(IMAGE_SUFFIXES))} names a "
-            "picture's file; correct its path, or put other words at the end of a text"
+            f"no such picture {file!r} ({error.strerror}): a query that ends in {Path(file).suffix} names a picture's "
+            "file; correct its path, or put other words at the end of a text"
         ) from error
     except DecodeError as error:
         raise DecodeError(f"the picture {file!r} cannot be shown to the model: {error}") from error
