@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,14 +172,24 @@ def detector_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """The endpoint of an S3 server on this machine."""
-    from moto.server import ThreadedMotoServer
+    """The endpoint of an S3 server on this machine; one request at a time, for moto closes what it replaces."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import make_server
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+    app, alone = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_by_one(environ, start_response):
+        with alone:
+            return app(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, one_by_one, threaded=True, request_handler=MotoRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 @pytest.fixture

@@ -344,7 +344,7 @@ def test_a_picture_that_cannot_be_asked_is_told_before_the_model_is_opened(done,
     (tmp_path / "folder.gif").mkdir()
     for query, message in (
         ("a dog on quarry.JPG", "error: no such picture 'a dog on quarry.JPG' (No such file or directory): a query"),
-        (tmp_path / "folder.gif", "folder.gif' (Is a directory): a query that ends in .jpg, .jpeg, .png, "),
+        (tmp_path / "folder.gif", "folder.gif' (Is a directory): a query that ends in .gif names a picture"),
         (tmp_path / "words.png", "words.png' cannot be shown to the model: no image format that PIL knows: 10 bytes"),
     ):
         assert type_in("search", done, "a red ball", query) == 2
