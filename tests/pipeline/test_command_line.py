@@ -466,7 +466,7 @@ import resource
 from pipeline.__main__ import main
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
-main(["cache", "ls", "--cache", {str(tmp_path)!r}])
+main(["cache", "ls", {str(tmp_path)!r}])
 soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 print(soft, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
 """
