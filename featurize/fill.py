@@ -34,14 +34,14 @@ from featurize.manifest import (
 from featurize.places import Place
 from featurize.plan import PlannedColumn, encoder_card, imported_rows
 from featurize.quarantine import Quarantined, check_quarantine, write_quarantine
-from featurize.resources import cluster_has, require_resources
+from featurize.resources import OWN, cluster_has, require_resources, room_for
 from featurize.sharing import Donor, KnownRow, is_sound, known_rows, link, rows_of
 from featurize.summary import lost_images, summary
 
-_CANCELLED = 30.0
-"""Seconds that tasks have to end once they are cancelled; in the midst of a batch they hear of it late."""
+_PATIENCE = 60.0
+"""Seconds that shards have to be written to their end once the job has failed."""
 _SUBMITTED = 64
-"""Tasks that Ray holds at least: enough for a cluster to see that it should grow, few enough to stay in memory."""
+"""Tasks that a cluster is given at least: enough to see that it should grow, few enough to stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
     with tqdm(total=sum(len(task.unknown) for task in tasks), unit="rows", desc="extract", smoothing=0.05) as bar:
         try:
             while True:
-                places = max(_SUBMITTED, 2 * int(cluster_has("CPU")))
-                running |= {remote.remote(task): task for task in itertools.islice(waiting, places - len(running))}
+                free = max(0, _places(config) - len(running))
+                running |= {remote.remote(task): task for task in itertools.islice(waiting, free)}
                 if not running:
                     break
                 (done,), _ = ray.wait(list(running), num_returns=1)
@@ -247,15 +247,23 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
                 "stays: the same command goes on"
             ) from error
         finally:
-            for reference in running:
-                ray.cancel(reference)
-            if running:  # they take back what they had half written, which a driver that ends would leave there
-                ray.wait(list(running), num_returns=len(running), timeout=_CANCELLED)
+            if running:  # a driver that ends kills them, in the midst of a file; `ray.cancel` may crash the driver
+                print(f"\nends when {len(running)} begun shards are written", flush=True)
+                ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE)
+
+
+def _asked(config: FeaturizeConfig) -> dict[str, float]:
+    return {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
+
+
+def _places(config: FeaturizeConfig) -> int:
+    """How many tasks Ray is given: as many as run at once, so that none waits where nothing will grow."""
+    at_once = room_for(_asked(config), most=1024)
+    return max(1, at_once) if cluster_has(OWN) else max(_SUBMITTED, 2 * at_once)
 
 
 def _require_room(config: FeaturizeConfig) -> None:
-    asked = {"CPU": config.cpus_per_task, "GPU": config.gpus_per_task}
-    require_resources(asked, 1, "lower --featurize.cpus_per_task or --featurize.gpus_per_task", CacheError)
+    require_resources(_asked(config), 1, "lower --featurize.cpus_per_task or --featurize.gpus_per_task", CacheError)
     if not config.gpus_per_task and (gpus := cluster_has("GPU")):
         print(f"Ray has {gpus:g} GPUs, and extraction uses none; --featurize.gpus_per_task 1 uses them", flush=True)
 

@@ -28,20 +28,23 @@ def require_resources(bundle: Mapping[str, float], count: int, remedy: str, refu
     Raises:
         refused: Ray was started for this command and has too little.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    needed = {name: share for name, share in bundle.items() if share}
-    if sum(_room(node, needed, count) for node in nodes) >= count:
+    if room_for(bundle, most=count) >= count:
         return
+    needed = {name: share for name, share in bundle.items() if share}
     found = " and ".join(f"{cluster_has(name):g} {name}" for name in needed)
     asked = " and ".join(f"{share:g} {name}" for name, share in needed.items())
     found = f"found {found}, expected {asked}{f' for each of {count}' if count > 1 else ''}"
-    if any(OWN in node for node in nodes):
+    if cluster_has(OWN):
         raise refused(f"Ray has too little on this machine: {found}; {remedy}")
     print(f"waiting for the cluster to grow: {found}; if it does not grow, {remedy}", flush=True)
 
 
-def _room(node: Mapping[str, float], needed: Mapping[str, float], count: int) -> int:
-    """How many of them a node can hold at once, up to their number."""
-    return int(min((node.get(name, 0) / share + 1e-9 for name, share in needed.items()), default=count))
+def room_for(bundle: Mapping[str, float], most: int) -> int:
+    """How many tasks or workers the nodes hold at once if each takes the bundle; on no node more than `most`."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    needed = {name: share for name, share in bundle.items() if share}
+    return sum(
+        min(most, most, *(int(node.get(name, 0) / share + 1e-9) for name, share in needed.items())) for node in nodes
+    )
