@@ -47,6 +47,7 @@ def test_what_does_not_fit(bundle, count, told, capsys, monkeypatch):
 
 def test_two_halves_on_two_nodes_are_no_whole(monkeypatch, capsys):
     nodes = [{"Alive": True, "Resources": {"CPU": 1.0}}, {"Alive": True, "Resources": {"CPU": 1.0}}]
+    monkeypatch.setattr(resources, "OWN", "a Ray that others started")
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 8.0}}])
     require_resources({"CPU": 1}, 2, "", RefusedError)
     assert capsys.readouterr().out == ""

@@ -221,7 +221,7 @@ sys.exit(main({arguments(tmp_path / "cache", pictures)!r}))
 
 
 def test_an_interrupted_driver(undisturbed, tmp_path):
-    """Ctrl-C: the workers take back what they had half written before their driver ends."""
+    """Ctrl-C: the workers finish what they have begun before their driver ends."""
     pictures, expected = undisturbed
     job = featurize(tmp_path, pictures)
     wait_for(lambda: len(records(tmp_path)) >= 5, job)
