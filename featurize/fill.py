@@ -247,8 +247,8 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
                 "stays: the same command goes on"
             ) from error
         finally:
-            if running:  # a driver that ends kills them, in the midst of a file; `ray.cancel` may crash the driver
-                print(f"\nends when {len(running)} begun shards are written", flush=True)
+            if running:  # a driver that ends kills them in the midst of a file, and Ray's `cancel` may crash the driver
+                bar.write(f"the job ends when begun shards are written, in {_PATIENCE:.0f} seconds at the latest")
                 ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE)
 
 

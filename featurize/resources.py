@@ -10,7 +10,7 @@ def cluster_has(name: str) -> float:
     """How much of a resource all nodes have, such as CPU; Ray is initialised."""
     import ray
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
     return resources.get(name, 0.0)
 
 
@@ -40,11 +40,16 @@ def require_resources(bundle: Mapping[str, float], count: int, remedy: str, refu
 
 
 def room_for(bundle: Mapping[str, float], most: int) -> int:
-    """How many tasks or workers the nodes hold at once if each takes the bundle; on no node more than `most`."""
+    """How many tasks or workers the nodes hold at once; Ray is initialised.
+
+    Args:
+        bundle: what one of them takes, such as CPU and GPU.
+        most: that are counted on one node.
+    """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
     needed = {name: share for name, share in bundle.items() if share}
     return sum(
-        min(most, most, *(int(node.get(name, 0) / share + 1e-9) for name, share in needed.items())) for node in nodes
+        min([most, *(int(node.get(name, 0) / share + 1e-9) for name, share in needed.items())]) for node in nodes
     )

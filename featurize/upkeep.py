@@ -231,6 +231,11 @@ class Removable:
     reason: str
 
 
+def is_busy(dataset_folder: Place) -> bool:
+    """Whether a job makes a column of a data set."""
+    return any(is_held(folder, time.time()) for folder in column_folders(dataset_folder))
+
+
 def removable(dataset_folder: Place, days: float) -> list[Removable]:
     """What no run refers to and nobody has touched for some days.
 
@@ -241,7 +246,7 @@ def removable(dataset_folder: Place, days: float) -> list[Removable]:
     last = {name: use for use in every for name in use.columns}
     alive = {name for use in every if use.exists for name in use.columns}
     columns = column_folders(dataset_folder)
-    if any(is_held(folder, time.time()) for folder in columns):
+    if is_busy(dataset_folder):
         return []
     removed = []
     for folder in columns:

@@ -161,7 +161,8 @@ def _index_problem(path: Place, file: Path) -> str:
         made = index_of(np.fromfile(file, np.uint8))
     except ValueError as error:
         return f"{path}: is not a shard ({error})"
-    return "" if np.array_equal(stored, made) else f"{beside}: is not the index of the tar beside it"
+    same = stored.dtype == made.dtype and np.array_equal(stored, made)
+    return "" if same else f"{beside}: is not the index of the tar beside it"
 
 
 def _value_problem(path: Place, shard: Shard, quarantined: set[int]) -> str:

@@ -6,7 +6,6 @@ traceback; anything unexpected keeps its traceback.
 """
 
 import argparse
-import errno
 import resource
 import shlex
 import sys
@@ -581,7 +580,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nstopped; {str(stop) or 'the same command starts again'}", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        from featurize.places import is_full
+
+        if not is_full(error):
             raise
         advice = "what is finished stays: free some space (`cache gc` may help) and run the same command again"
         print(f"error: no room on the disk ({error}); {advice}", file=sys.stderr)

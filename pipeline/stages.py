@@ -422,13 +422,14 @@ def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corre
         ConfigError: a picture's file cannot be read.
         featurize.images.decode.DecodeError: a picture cannot be decoded.
     """
-    asked = [_read_picture(text) if _is_picture(text) else text for text in queries]
+    asked = [Path(text) if _is_picture(text) else text for text in queries]
+    pictures = {query: _read_picture(query) for query in asked if isinstance(query, Path)}
     searcher = Searcher.open(folder)
     answers: list[tuple[str | Path, list[Hit]]] = []
-    for text, query in zip(queries, asked, strict=True):
-        hits = searcher.search(query, k, corrected=corrected)
-        answers.append((Path(text) if _is_picture(text) else text, hits))
-        print(f"\n{text}")
+    for query in asked:
+        hits = searcher.search(pictures[query] if isinstance(query, Path) else query, k, corrected=corrected)
+        answers.append((query, hits))
+        print(f"\n{query}")
         for hit in hits:
             print(f"  {hit.rank:>3}  {hit.distance:6.3f}  {hit.sample.image}  {hit.sample.captions[0]}")
     if page is not None:
@@ -440,13 +441,13 @@ def _is_picture(text: str) -> bool:
     return Path(text).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _read_picture(file: str) -> Image.Image:
+def _read_picture(file: Path) -> Image.Image:
     try:
-        return decode(Path(file).read_bytes())
+        return decode(file.read_bytes())
     except OSError as error:
         raise ConfigError(
-            f"no such picture {file!r} ({error.strerror}): a query that ends in {Path(file).suffix} names a picture's "
+            f"no such picture '{file}' ({error.strerror}): a query that ends in {file.suffix} names a picture's "
             "file; correct its path, or put other words at the end of a text"
         ) from error
     except DecodeError as error:
-        raise DecodeError(f"the picture {file!r} cannot be shown to the model: {error}") from error
+        raise DecodeError(f"the picture '{file}' cannot be shown to the model: {error}") from error

@@ -168,6 +168,7 @@ def gc(cache: str, days: float, *, delete: bool) -> None:
     """Print what no run needs, and free it if `delete`."""
     folders = dataset_folders(cache)
     free = [one for folder in folders for one in upkeep.removable(folder, days)]
+    kept = [reason for folder in folders for reason in _kept(folder)]
     for one in free:
         print(f"{one.folder}  {one.size / 2**20:,.1f} MiB  {one.reason}")
     total = f"{sum(one.size for one in free) / 2**20:,.1f} MiB in {len(free)} folders"
@@ -178,9 +179,16 @@ def gc(cache: str, days: float, *, delete: bool) -> None:
         print(
             f"{total} would be freed by --delete" if free else "nothing to free: runs read every column, or it is young"
         )
-    for folder in folders:
-        if machines := sorted({use.machine for use in upkeep.uses(folder) if use.elsewhere}):
-            print(
-                f"{folder}: runs on {', '.join(machines)} cannot be seen from here and what they read is kept; when "
-                "one is gone, remove the file in `uses` that names it"
-            )
+    for reason in kept:
+        print(reason)
+
+
+def _kept(folder: Place) -> Iterator[str]:
+    """Why more of a data set is kept than its runs, as they are seen from here, and its age call for."""
+    if upkeep.is_busy(folder):
+        yield f"{folder}: a job makes a column of it, and nothing of it is freed meanwhile"
+    if machines := sorted({use.machine for use in upkeep.uses(folder) if use.elsewhere}):
+        yield (
+            f"{folder}: runs on {', '.join(machines)} cannot be seen from here and what they read is kept; when one is "
+            "gone, remove the file in `uses` that names it"
+        )

@@ -12,6 +12,36 @@ from featurize.plan import PlannedColumn
 from featurize.shards import row_key, write_shard
 
 
+def changed(row, place, by):
+    """(index) -> the index with something added to one of its numbers."""
+
+    def change(index):
+        index[row, place] += by
+        return index
+
+    return change
+
+
+INDEX_DAMAGE = {
+    "flat": np.ravel,
+    "short": lambda index: index[:-1],
+    "of another type": lambda index: index.astype(np.float64),
+    "an offset": changed(1, 0, 512),
+    "a high bit of an offset": changed(1, 0, 1 << 62),
+    "before the beginning": changed(0, 0, -10_000),
+    "a length below 0": changed(1, 1, -1),
+    "a length beyond all": changed(2, 1, 1 << 60),
+    "a length beyond the end": changed(5, 1, 3000),
+}
+"""What may happen to the index of six ragged rows, so that it cannot be their tar's."""
+
+
+@pytest.fixture(params=INDEX_DAMAGE.values(), ids=INDEX_DAMAGE)
+def index_damage(request):
+    """(index) -> the damaged index."""
+    return request.param
+
+
 @pytest.fixture
 def make_samples():
     """(folder, count, content) -> samples with two captions each, their files written."""

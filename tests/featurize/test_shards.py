@@ -207,34 +207,10 @@ def test_a_cut_ragged_shard_is_refused(tmp_path):
         Column("tokens", tmp_path, [6], ragged=True)
 
 
-def changed(row, place, by):
-    """(index) -> the index with something added to one of its numbers."""
-
-    def change(index):
-        index[row, place] += by
-        return index
-
-    return change
-
-
-INDEX_DAMAGE = {
-    "flat": np.ravel,
-    "short": lambda index: index[:-1],
-    "of another type": lambda index: index.astype(np.float64),
-    "an offset": changed(1, 0, 512),
-    "a high bit of an offset": changed(1, 0, 1 << 62),
-    "before the beginning": changed(0, 0, -10_000),
-    "a length below 0": changed(1, 1, -1),
-    "a length beyond all": changed(2, 1, 1 << 60),
-    "a length beyond the end": changed(5, 1, 3000),
-}
-
-
-@pytest.mark.parametrize("damage", INDEX_DAMAGE.values(), ids=INDEX_DAMAGE)
-def test_an_index_that_cannot_be_the_tar_s_is_refused(tmp_path, damage):
+def test_an_index_that_cannot_be_the_tar_s_is_refused(tmp_path, index_damage):
     make_ragged(tmp_path, [6])
     beside = tmp_path / "000000.idx.npy"
-    np.save(beside, damage(np.load(beside)))
+    np.save(beside, index_damage(np.load(beside)))
     with pytest.raises(
         ShardError, match=r"000000\.tar: the index beside it is another's, or one .* cache repair` makes"
     ):
@@ -254,7 +230,9 @@ def test_a_length_within_the_padding_is_told_by_the_tar_alone(tmp_path):
     write_shard(tmp_path / "000000.tar", ["a", "b", "c"], rows, ragged=True)
     assert Shard(tmp_path / "000000.tar", 3, ragged=True).has_its_index()
     beside = tmp_path / "000000.idx.npy"
-    np.save(beside, changed(1, 1, 2)(np.load(beside)))
+    index = np.load(beside)
+    index[1, 1] += 2
+    np.save(beside, index)
     assert not Shard(tmp_path / "000000.tar", 3, ragged=True).has_its_index()
 
 

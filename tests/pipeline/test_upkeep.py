@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from featurize.index import open_dataset
 from featurize.manifest import read_manifest
@@ -263,6 +264,14 @@ def test_gc_shows_first_and_deletes_on_demand(cache, capsys):
     assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
     assert "freed " in capsys.readouterr().out
     assert not list(cache.glob("scenes@*"))
+
+
+def test_gc_says_why_it_frees_nothing_beside_a_job(cache, capsys):
+    with FileLock(column(cache, "minilm.sentence") / ".lock"):
+        assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
+    out = capsys.readouterr().out
+    assert f"{dataset_folder(cache)}: a job makes a column of it, and nothing of it is freed meanwhile\n" in out
+    assert column(cache, "minilm.sentence").exists()
 
 
 def test_what_may_be_quarantined_is_said_in_short(monkeypatch, capsys):
