@@ -6,7 +6,9 @@ traceback; anything unexpected keeps its traceback.
 """
 
 import argparse
+import os
 import resource
+import select
 import shlex
 import sys
 import textwrap
@@ -559,6 +561,9 @@ def _open_more_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+_STDOUT = 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
@@ -566,9 +571,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments behind `python -m pipeline`; None: those of this process.
 
     Returns:
-        The exit code: 0, 1 (a failed job, a cache with problems), 2 (a mistake), 130 (Ctrl-C).
+        The exit code: 0, 1 (a failed job, a cache with problems), 2 (a mistake), 130 (Ctrl-C), 141 (nobody reads what
+        is printed any more, as behind `| head`).
     """
     _open_more_files()
+    try:
+        try:
+            return _answered(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is printed while the process ends
+        return 141
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(_STDOUT, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _answered(argv: Sequence[str] | None) -> int:
+    """Runs a command; the exit code, with a line on what went wrong."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     args.rest = rest

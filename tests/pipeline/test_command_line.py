@@ -473,3 +473,12 @@ print(soft, 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536))
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     soft, wanted = done.stdout.splitlines()[-1].split()
     assert soft == wanted
+
+
+def test_a_pipe_that_breaks_elsewhere_is_no_reader_that_left(monkeypatch):
+    def broken(_):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr("pipeline.__main__._train", broken)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main(["train", "less"])

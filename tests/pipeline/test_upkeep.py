@@ -1,6 +1,9 @@
 """The `cache` commands on a real cache, as they are typed."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from featurize.manifest import read_manifest
 from featurize.upkeep import note_use
 from featurize.verify import Problem
 from pipeline.__main__ import main
+
+ROOT = Path(__file__).parents[2]
 
 SETTINGS = [
     *("--data.scenes.train", "6", "--data.scenes.val", "2", "--data.scenes.test", "2"),
@@ -264,6 +269,20 @@ def test_gc_shows_first_and_deletes_on_demand(cache, capsys):
     assert type_in("cache", "gc", cache, "--days", "0", "--delete") == 0
     assert "freed " in capsys.readouterr().out
     assert not list(cache.glob("scenes@*"))
+
+
+@pytest.mark.parametrize(("command", "code"), [("ls", 141), ("ls --help", 0), ("explode", 2)])
+def test_a_reader_that_has_enough_ends_a_command_quietly(cache, command, code):
+    """As behind `| head -1`; a mistake keeps its own exit code."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-m", "pipeline", "cache", *command.split()]
+    arguments += [str(cache)] * (command == "ls")
+    done = subprocess.run(arguments, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == code
+    assert "Error" not in done.stderr
+    assert bool(done.stderr) == (code == 2)
 
 
 def test_gc_says_why_it_frees_nothing_beside_a_job(cache, capsys):
