@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from featurize.columns import column_folder
 from featurize.config import FeaturizeConfig
@@ -36,7 +37,7 @@ from train.config import TowerConfig, TrainConfig
 from train.embeddings import Pairs
 from train.loop import Work, start
 from train.noise import Noise
-from train.schedule import Schedule, prefetch
+from train.schedule import Draw, Schedule, prefetch
 from train.targets import Targets
 
 ROWS, SHARD, BATCH, BLOCK = 8000, 250, 256, 5
@@ -98,31 +99,33 @@ def measure(repeats: int, *, parts: bool) -> dict[str, float]:
         _, captions = reader.split("train")
         schedule = Schedule(captions, reader.caption_image[captions], BATCH, 1, 0)
 
-        def step(batch: Batch) -> None:
-            size = len(batch.image_ids)
+        def taken(draw: Draw) -> tuple[Batch, Tensor]:
+            return reader.batch(draw), torch.from_numpy(targets.image_ids[draw.captions])
+
+        def step(batch: Batch, ids: Tensor) -> None:
+            size = len(ids)
             noise = Noise(0, 0, size, slice(0, size))
             image, text, _ = state.model(batch.image, batch.text, batch.owner, (noise, noise))
-            ids = batch.image_ids
             pairs = Pairs(image, text, ids, batch.semantic, targets.concepts[ids], targets.labels[ids], ids)
             loss, _ = state.objective(pairs, 0.5, state.model.spaces())
             state.optimizer.zero_grad()
             loss.backward()
             state.optimizer.step()
 
-        def from_cache() -> Iterator[Batch]:
+        def from_cache() -> Iterator[tuple[Batch, Tensor]]:
             epoch = 0
             while True:
-                yield from map(reader.batch, schedule.epoch(epoch))
+                yield from map(taken, schedule.epoch(epoch))
                 epoch += 1
 
-        ready = list(map(reader.batch, itertools.islice(schedule.epoch(0), BLOCK)))
+        ready = list(map(taken, itertools.islice(schedule.epoch(0), BLOCK)))
         cached = prefetch(from_cache())
         times: dict[str, list[float]] = {"cache": [], "memory": []}
         for _ in range(repeats + 1):
             for name, found in times.items():
                 begin = time.perf_counter()
                 for number in range(BLOCK):
-                    step(ready[number] if name == "memory" else next(cached))
+                    step(*(ready[number] if name == "memory" else next(cached)))
                 found.append(1000 * (time.perf_counter() - begin) / BLOCK)
         cached.close()
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}

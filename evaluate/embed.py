@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from featurize.shards import Array
-from train.batches import FeatureReader
+from train.batches import FeatureReader, Features
 from train.embeddings import Embeddings
 from train.hosts import Embedder
 
@@ -35,8 +35,8 @@ def embed_image_rows(model: Embedder, reader: FeatureReader, rows: Array) -> Emb
     device = next(model.parameters()).device
 
     def embed(chunk: Array) -> Embeddings:
-        views = (reader.images(chunk, np.full(len(chunk), view)).to(device) for view in range(reader.views))
-        return model.mean_of_views([model.embed_images(features) for features in views])
+        views = (reader.images(chunk, np.full(len(chunk), view)) for view in range(reader.views))
+        return model.mean_of_views([model.embed_images(_on(features, device)) for features in views])
 
     return _in_batches(embed, rows)
 
@@ -44,7 +44,11 @@ def embed_image_rows(model: Embedder, reader: FeatureReader, rows: Array) -> Emb
 def embed_caption_rows(model: Embedder, reader: FeatureReader, rows: Array) -> Embeddings:
     """Embeddings of caption rows (M,) on the CPU."""
     device = next(model.parameters()).device
-    return _in_batches(lambda chunk: model.embed_texts(reader.texts(chunk).to(device)), rows)
+    return _in_batches(lambda chunk: model.embed_texts(_on(reader.texts(chunk), device)), rows)
+
+
+def _on(features: Features, device: torch.device) -> Features:
+    return features.map(lambda tensor: tensor.to(device))
 
 
 def embed_split(model: Embedder, reader: FeatureReader, split: str) -> EmbeddedSplit:

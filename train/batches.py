@@ -1,10 +1,10 @@
 """Batches: what towers and losses see, and how it comes from mapped columns."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,16 +41,10 @@ class Features:
     bags: tuple[Tensor, ...] = ()
     bag_masks: tuple[Tensor, ...] = ()
 
-    def to(self, device: torch.device) -> "Features":
-        """The same on a device; from pinned memory without waiting."""
-        if device.type == "cpu":
-            return self
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """The same with every tensor changed."""
         groups = (self.parts, self.masks, self.bags, self.bag_masks)
-        return Features(move(self.vectors), *(tuple(map(move, group)) for group in groups))
+        return Features(change(self.vectors), *(tuple(map(change, group)) for group in groups))
 
 
 @dataclass(frozen=True)
@@ -61,20 +55,17 @@ class Batch:
         image: features of the g images.
         text: features of the b captions.
         owner: (b,) int64, which of the g images each caption belongs to.
-        image_ids: (b,) int64 image rows.
         semantic: (b, S) sentence vectors, or S = 0.
     """
 
     image: Features
     text: Features
     owner: Tensor
-    image_ids: Tensor
     semantic: Tensor
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        rest = (self.owner.to(device), self.image_ids.to(device), self.semantic.to(device))
-        return Batch(self.image.to(device), self.text.to(device), *rest)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed."""
+        return Batch(self.image.map(change), self.text.map(change), change(self.owner), change(self.semantic))
 
 
 @dataclass(frozen=True)
@@ -88,6 +79,7 @@ class ColumnRef:
         weights: sha256 of that encoder's weights.
         output: which of the encoder's outputs.
         view: of the image.
+        dtype: that its numbers are stored in.
     """
 
     name: str
@@ -96,6 +88,7 @@ class ColumnRef:
     weights: str
     output: str
     view: View
+    dtype: str = "float16"
 
 
 @dataclass(frozen=True)
@@ -142,16 +135,18 @@ class Inputs:
                 for column in columns:
                     own = str(column.ingredients["encoder"])
                     if (column.modality, column.output.name) == (modality, output) and encoder in ("", own):
-                        groups.setdefault((own, output), []).append(
-                            ColumnRef(
-                                column.name,
-                                column.id,
-                                column.encoder,
-                                str(column.ingredients["weights"]),
-                                output,
-                                column.view,
-                            )
+                        ref = ColumnRef(
+                            column.name,
+                            column.id,
+                            column.encoder,
+                            str(column.ingredients["weights"]),
+                            output,
+                            column.view,
+                            column.output.dtype,
                         )
+                        group = groups.setdefault((own, output), [])
+                        if ref not in group:  # named plainly and by its encoder too
+                            group.append(ref)
             return tuple(map(tuple, groups.values()))
 
         sentences = [ref[0] for ref in views("text", ["sentence"])] if compares_captions(config.objective) else []
@@ -166,6 +161,16 @@ class Inputs:
             tuple(ref[0] for ref in views("text", model.text.bags)),
             next((ref[0] for ref in views("text", ["lemmas"])), None),
         )
+
+    def identities(self) -> dict[str, Any]:
+        """What is read, by role: columns as their identities, however the references to their encoders are typed."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [plain(one) for one in value]
+            return value.id if isinstance(value, ColumnRef) else value
+
+        return {role.name: plain(getattr(self, role.name)) for role in fields(self) if role.name != "dataset"}
 
     def columns(self) -> list[ColumnRef]:
         """All that a model reads of images and of captions."""
@@ -188,9 +193,14 @@ def wanted_outputs(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...
     """The encoder outputs that a training run reads: of images, of captions.
 
     Raises:
-        SettingsError: the image tower is to read words.
+        SettingsError: the image tower is to read words, or nothing.
     """
     image, text = config.model.image, config.model.text
+    if not image.vectors and not image.parts:
+        raise SettingsError(
+            "the image tower reads nothing: set model.image.vectors (pooled) or model.image.parts (grid, coarse, "
+            "regions) to outputs of its encoders"
+        )
     if image.bags:
         raise SettingsError(f"model.image.bags: found {image.bags}, expected none: only captions have words")
     sentence = ("sentence",) if compares_captions(config.objective) else ()
@@ -336,7 +346,6 @@ class FeatureReader:
             self.images(images[first], draw.views),
             self.texts(draw.captions),
             torch.from_numpy(draw.owner),
-            torch.from_numpy(images),
             _tensor(semantic),
         )
 

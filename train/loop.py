@@ -91,8 +91,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 def _fingerprint(work: Work) -> dict[str, Any]:
     config = {key: value for key, value in asdict(work.config).items() if key not in PLACEMENT}
-    inputs = {key: value for key, value in asdict(work.inputs).items() if key != "dataset"}
-    return {**config, "cache": inputs, "split": work.split}
+    return {**config, "cache": work.inputs.identities(), "split": work.split}
 
 
 def _parameter_groups(modules: list[nn.Module], decay: float) -> list[dict[str, Any]]:
@@ -109,7 +108,7 @@ def _parameter_groups(modules: list[nn.Module], decay: float) -> list[dict[str, 
 
 def feature_dims(reader: FeatureReader, config: TrainConfig) -> tuple[Dims, Dims]:
     """Widths of image and of caption features."""
-    words = (config.model.text.vocabulary,) * len(config.model.text.bags)
+    words = (config.model.text.vocabulary,) * len(reader.inputs.text_bags)
     return Dims(*reader.image_dims), Dims(*reader.text_dims, words)
 
 
@@ -135,6 +134,8 @@ def start(work: Work, reader: FeatureReader, targets: Targets, device: torch.dev
     text_rows = np.sort(rng.permutation(captions)[: 4096 if reader.text_dims[1] else 16384])
     image_sample = reader.images(image_rows, rng.integers(0, reader.views, len(image_rows)))
     text_sample = reader.texts(text_rows)
+    if config.objective.erasing.weight:
+        model.require_guidance()
     with torch.no_grad():
         model.fit_inputs(image_sample, text_sample)
         embedded = model.embed_images(image_sample), model.embed_texts(text_sample)
@@ -151,6 +152,10 @@ def start(work: Work, reader: FeatureReader, targets: Targets, device: torch.dev
     if objective.bank is not None:
         moving = get_ema_multi_avg_fn(config.objective.bank.momentum)  # type: ignore[no-untyped-call]  # torch's
         momentum = AveragedModel(model, multi_avg_fn=moving)
+    for follower in filter(None, (average, momentum)):
+        for module in follower.modules():
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()  # a copy's weights lie apart, and cuDNN would gather them in every call
     return TrainState(model, objective, optimizer, average, momentum, _fingerprint(work))
 
 
@@ -183,7 +188,7 @@ def train_worker(
         progress: (total steps, steps done) -> a bar, asked for on rank 0.
 
     Raises:
-        SettingsError: the global batch is smaller than the number of workers.
+        SettingsError: the global batch, or a step that the data has rows for, is smaller than the number of workers.
         DivergenceError: the loss or a weight is not finite.
     """
     trainer = _Trainer(work, device)
@@ -252,8 +257,6 @@ class _Trainer:
                 f"a batch of {config.batch} captions, {together} of an image, cannot be dealt to {workers} workers; "
                 "raise --train.batch, or set --train.captions_per_image 1"
             )
-        if config.window < 0:
-            raise SettingsError(f"train.window: found {config.window}, expected 0 (all shards) or more")
         self.reader = FeatureReader(work.inputs)
         _, captions = self.reader.split(work.split)
         owner = self.reader.caption_image[captions]
@@ -261,6 +264,11 @@ class _Trainer:
         self.schedule = Schedule(
             captions, owner, config.batch, self.reader.views, config.seed, together, shards, config.window
         )
+        if self.schedule.smallest < workers:
+            raise SettingsError(
+                f"the smallest step of an epoch has {self.schedule.smallest} images, too few for {workers} workers; "
+                "lower --train.workers, or train on more data"
+            )
         self.total = config.epochs * self.schedule.steps
         self.targets = Targets.of(self.reader, work.split, config.objective, config.seed)
         self.mixup = Mixup(config.mixup, config.seed) if config.mixup else None
@@ -309,7 +317,8 @@ class _Trainer:
                 others = draw.permuted(partner)
                 mixed = others.captions
                 batch = mix(batch, self.reader.batch(others.part(*own)), share)
-            yield _Step(draw, mixed, slices, batch)
+            # pinned in the thread that prefetches, so that the step's own copies wait for nothing
+            yield _Step(draw, mixed, slices, batch.map(Tensor.pin_memory) if self.device.type == "cuda" else batch)
             number += 1
 
     def _pairs(self, step: "_Step") -> Pairs:
@@ -318,7 +327,7 @@ class _Trainer:
         images, captions = ([part.stop - part.start for part in parts] for parts in zip(*step.slices, strict=True))
         own_images, own_captions = step.slices[self.rank]
         noise = Noise(config.seed, state.step, len(draw.views), own_images)
-        batch = step.batch.to(self.device)
+        batch = step.batch.map(lambda tensor: tensor.to(self.device, non_blocking=True))
         owner = torch.from_numpy(draw.owner).to(self.device)
         keep = config.objective.erasing.keep if config.objective.erasing.weight else None
 

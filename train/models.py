@@ -42,7 +42,8 @@ def save_model(
         inputs: the columns it reads, hence the encoders a query must pass through.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    publish(folder / _WEIGHTS, save({name: tensor.contiguous() for name, tensor in weights.items()}))
+    apart = {name: tensor.detach().contiguous().clone() for name, tensor in weights.items()}  # towers may share some
+    publish(folder / _WEIGHTS, save(apart))
     description = {
         "model": asdict(config),
         "image_dims": asdict(dims[0]),
@@ -87,7 +88,7 @@ def open_ensemble(members: Sequence[Path]) -> tuple[Ensemble, Inputs]:
     opened = [_open_host(member) for member in members]
     read = [replace(inputs, semantic=None, lemmas=None) for _, inputs in opened]
     for member, inputs in zip(members, read, strict=True):
-        if inputs != read[0]:
+        if (inputs.dataset, inputs.identities()) != (read[0].dataset, read[0].identities()):
             first, own = ({column.name for column in one.columns()} for one in (read[0], inputs))
             differing = ", ".join(sorted(first ^ own)) or "the identities of some columns, or the data set's folder"
             raise ModelError(

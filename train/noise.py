@@ -39,7 +39,7 @@ class Noise:
             p: probability; 0 leaves x as it is.
             owner: (R,) int64, the worker's row that each part belongs to.
         """
-        dropped = round(p * 256)
+        dropped = min(round(p * 256), 255)
         if not dropped:
             return x
         width = x.shape[-1]
@@ -47,5 +47,5 @@ class Noise:
         words = torch.empty(self.total, -(-width // 8), dtype=torch.int64)
         words.random_(-(2**63), None, generator=self._generator)  # all 64 bits
         kept = words.view(torch.uint8)[self.rows, :width] >= dropped
-        scaled = kept.to(x.device, x.dtype) * (256 / (256 - dropped))
+        scaled = kept.to(x.device).to(x.dtype) * (256 / (256 - dropped))
         return x * (scaled if owner is None else scaled[owner])

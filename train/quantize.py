@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from train.config import SettingsError
 
 DEAD = 0.05  # form B: a codeword used less than this share of the average begins again
+ENCODED = 4096  # form B: embeddings of a first sample that are encoded at once, each against S · M codewords
 NEAREST_RATIO = 100.0  # form A starts with the nearest centre weighing this many times the second nearest
 
 
@@ -216,7 +217,7 @@ class ProductCodebook(nn.Module):
         self.rotation.copy_(dealt_axes(embeddings, subspaces))
         pieces = self.pieces(embeddings)
         self.codewords.copy_(torch.stack([kmeans(piece, codewords, seed=seed) for piece in pieces]))
-        codes = self.encode(embeddings)
+        codes = torch.cat([self.encode(some) for some in torch.split(embeddings, ENCODED)])
         self.counts.copy_(self._counted(codes))
         error = (embeddings - self.decode(codes)).square().sum(1).mean()
         self.spread.copy_((error / subspaces).clamp_min(torch.finfo(torch.float32).tiny))

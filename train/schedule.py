@@ -101,7 +101,7 @@ class Schedule:
     Attributes:
         captions: (M,) caption rows of the train split.
         caption_image: (M,) their image rows.
-        batch: captions in the global batch, about; exactly, if `together` is 1.
+        batch: captions in the global batch, at most: the steps of an epoch are levelled.
         views: number of views to choose from.
         seed: of the run.
         together: captions of an image that a step takes at once.
@@ -126,11 +126,20 @@ class Schedule:
         return windows(self.shards, self.window, self.seed, epoch)
 
     @cached_property
+    def groups(self) -> int:
+        """Images with their captions of one time, over an epoch."""
+        _, counts = np.unique(self.caption_image, return_counts=True)
+        return int((-(-counts // self.together)).sum())
+
+    @property
     def steps(self) -> int:
         """Steps in an epoch; they differ in size by at most one image, so that every caption is used once."""
-        _, counts = np.unique(self.caption_image, return_counts=True)
-        groups = int((-(-counts // self.together)).sum())
-        return -(-groups // max(1, self.batch // self.together))
+        return -(-self.groups // max(1, self.batch // self.together))
+
+    @property
+    def smallest(self) -> int:
+        """Images of an epoch's smallest step."""
+        return self.groups // self.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Draw]:
         """The global batches."""

@@ -1,6 +1,7 @@
 """Everything that a restart needs, saved and restored whole."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(folder / _FILE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise StateError(f"{folder / _FILE}: not a readable checkpoint ({error})") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StateError(
+            f"{folder / _FILE}: not a readable checkpoint ({reason}); remove {folder} to go on from the one before"
+        ) from error
     return state

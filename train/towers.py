@@ -49,10 +49,11 @@ class Standardise(nn.Module):
         return x.abs().sqrt_().copysign_(x) if self.signed_sqrt else x
 
     def fit(self, x: Tensor) -> None:
-        """Take the statistics of x (N, D)."""
+        """Take the statistics of x (N, D); a dimension that is the same in all rows tells nothing, and becomes 0."""
         rooted = self._root(x).double()
         self.mean.copy_(rooted.mean(0))
-        self.scale.copy_(1 / rooted.std(0, correction=0).clamp_min(1e-6))
+        std = rooted.std(0, correction=0)
+        self.scale.copy_(torch.where(std > 1e-6, 1 / std, 0))
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise."""

@@ -27,7 +27,6 @@ def test_pairs_belong_together(tiny_cache, tiny_config):
     captions = np.array([7, 3, 100])
     batch = reader.batch(Draw(captions, np.arange(3), np.array([1, 0, 1])))
     images = tiny_cache.dataset.caption_image[captions]
-    assert batch.image_ids.tolist() == images.tolist()
     both = [reader.images(images, np.full(3, view)).vectors for view in (0, 1)]
     torch.testing.assert_close(batch.image.vectors, torch.stack([both[1][0], both[0][1], both[1][2]]))
     assert batch.image.vectors.shape == (3, 28)
@@ -41,10 +40,47 @@ def test_an_image_with_several_captions_is_read_once(tiny_cache, tiny_config):
     mine = [captions[reader.caption_image[captions] == image][:2] for image in images[[4, 2]]]
     batch = reader.batch(Draw(np.concatenate(mine), np.repeat([0, 1], list(map(len, mine))), np.array([0, 1])))
     assert len(batch.image.vectors) == 2
-    assert batch.image_ids.tolist() == np.repeat(images[[4, 2]], list(map(len, mine))).tolist()
     expected = reader.images(images[[4, 2]], np.array([0, 1]))
     torch.testing.assert_close(batch.image.vectors, expected.vectors)
     assert batch.owner.tolist() == np.repeat([0, 1], list(map(len, mine))).tolist()
+
+
+def test_every_tensor_of_a_batch_is_changed(tiny_cache, tiny_config):
+    """As when it is pinned and sent to a GPU."""
+    model = replace(
+        tiny_config.model,
+        image=TowerConfig(parts=("one.grid",)),
+        text=TowerConfig(vectors=("sentence",), parts=("tokens",), bags=("lemmas",)),
+    )
+    reader = FeatureReader(tiny_cache.inputs(replace(tiny_config, model=model)))
+    batch = reader.batch(Draw(np.arange(6), np.arange(6), np.zeros(6, np.int64)))
+    moved = batch.map(lambda tensor: tensor.to("meta"))
+
+    def tensors(one):
+        groups = [(x.vectors, *x.parts, *x.masks, *x.bags, *x.bag_masks) for x in (one.image, one.text)]
+        return [*groups[0], *groups[1], one.owner, one.semantic]
+
+    assert [tensor.shape for tensor in tensors(moved)] == [tensor.shape for tensor in tensors(batch)]
+    assert len(tensors(batch)) == 3 + 5 + 2
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+
+
+def test_a_column_that_is_named_twice_is_read_once(tiny_cache, tiny_config):
+    """Plainly, for every encoder that has such an output, and by its encoder."""
+    tower = replace(tiny_config.model.image, vectors=("pooled", "one.pooled"))
+    inputs = tiny_cache.inputs(replace(tiny_config, model=replace(tiny_config.model, image=tower)))
+    assert inputs == tiny_cache.inputs(tiny_config)
+    assert [len(views) for views in inputs.image_vectors] == [2, 2]
+
+
+def test_identities_do_not_depend_on_how_an_encoder_is_typed(tiny_cache, tiny_config):
+    inputs = tiny_cache.inputs(tiny_config)
+    columns = [replace(column, encoder=f"other:{column.encoder}") for column in tiny_cache.columns]
+    other = replace(tiny_cache, columns=columns).inputs(tiny_config)
+    assert other != inputs
+    assert other.identities() == inputs.identities()
+    assert replace(inputs, text_vectors=()).identities() != inputs.identities()
+    assert replace(inputs, precision="float32").identities() != replace(inputs, precision="bfloat16").identities()
 
 
 def test_parts_come_with_masks(tiny_cache, tiny_config):
@@ -160,6 +196,12 @@ class Numbers:
 def test_only_captions_have_words(tiny_config):
     model = replace(tiny_config.model, image=TowerConfig(bags=("lemmas",)))
     with pytest.raises(SettingsError, match=r"model.image.bags: found \('lemmas',\), expected none: only captions"):
+        wanted_outputs(replace(tiny_config, model=model))
+
+
+def test_an_image_tower_that_reads_nothing_is_refused(tiny_config):
+    model = replace(tiny_config.model, image=TowerConfig(vectors=()))
+    with pytest.raises(SettingsError, match=r"the image tower reads nothing: set model.image.vectors \(pooled\) or"):
         wanted_outputs(replace(tiny_config, model=model))
 
 

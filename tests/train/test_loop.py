@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -295,10 +296,16 @@ def test_a_checkpoint_of_other_settings_is_refused(tiny_cache, tiny_config, tmp_
 def test_a_damaged_checkpoint_is_refused(tiny_cache, tiny_config, tmp_path):
     work = make_work(tiny_cache, tiny_config, tmp_path)
     train_here(work, tmp_path)
-    path = Checkpoints(tmp_path).folders()[-1] / "state.pt"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(StateError, match="not a readable checkpoint"):
-        train_here(work, tmp_path)
+    *_, before, last = Checkpoints(tmp_path).folders()
+    whole = (last / "state.pt").read_bytes()
+    for damaged in (whole[:100], bytes(len(whole)), b"x" * 1000):
+        (last / "state.pt").write_bytes(damaged)
+        with pytest.raises(StateError, match=rf"not a readable checkpoint .*; remove {last} to go on from the one be"):
+            train_here(work, tmp_path)
+    shutil.rmtree(last)
+    train_here(work, tmp_path)
+    assert last_state(tmp_path)["stopped"]
+    assert before.exists()
 
 
 def test_what_a_killed_writer_left_half_done_is_no_checkpoint(tiny_cache, tiny_config, tmp_path):
@@ -357,11 +364,6 @@ def test_centres_of_parts_do_not_decay(tiny_cache, tiny_config, tmp_path):
     assert decay[id(state.model.image.aggregator.project.weight)] == 0.5
 
 
-def test_a_window_of_less_than_nothing_is_refused(tiny_cache, tiny_config, tmp_path):
-    with pytest.raises(SettingsError, match=r"train\.window: found -1, expected 0 \(all shards\) or more"):
-        train_here(make_work(tiny_cache, replace(tiny_config, window=-1), tmp_path), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("workers", "message"),
     [
@@ -380,6 +382,39 @@ def test_a_gpu_that_is_not_there(tiny_cache, tiny_config, tmp_path, ray_local, m
 def test_more_workers_than_cores_are_refused(tiny_cache, tiny_config, tmp_path, ray_local):
     with pytest.raises(SettingsError, match=r"found 2 CPU, expected 1 CPU for each of 3; lower --train\.workers"):
         fit(make_work(tiny_cache, replace(tiny_config, workers=3), tmp_path), tmp_path)
+
+
+def test_more_workers_than_a_step_has_images_are_refused(tiny_cache, tiny_config, tmp_path, monkeypatch):
+    """The 120 captions make 6 steps of at most 23, which are levelled at 20."""
+    monkeypatch.setattr("train.loop.world", lambda: (0, 22))
+    with pytest.raises(SettingsError, match="smallest step of an epoch has 20 images, too few for 22 workers; lower"):
+        train_here(make_work(tiny_cache, replace(tiny_config, batch=23), tmp_path), tmp_path)
+
+
+def test_two_bags_have_a_branch_each(tiny_cache, tiny_config, tmp_path):
+    """As the lemmas of two lexica."""
+    text = replace(tiny_config.model.text, bags=("lemmas",), min_frequency=1)
+    work = make_work(tiny_cache, replace(tiny_config, model=replace(tiny_config.model, text=text)), tmp_path)
+    work = replace(work, inputs=replace(work.inputs, text_bags=work.inputs.text_bags * 2))
+    reader = FeatureReader(work.inputs)
+    targets = Targets.of(reader, "train", work.config.objective, 0)
+    assert len(start(work, reader, targets, torch.device("cpu")).model.text.bags) == 2
+
+
+def test_erasing_without_parts_is_refused_before_a_step(tiny_cache, tiny_config, tmp_path):
+    objective = replace(tiny_config.objective, erasing=ErasingConfig(weight=0.2))
+    work = make_work(tiny_cache, replace(tiny_config, objective=objective), tmp_path)
+    reader = FeatureReader(work.inputs)
+    targets = Targets.of(reader, "train", work.config.objective, 0)
+    with pytest.raises(SettingsError, match="erasing needs parts of images and of captions that are pooled"):
+        start(work, reader, targets, torch.device("cpu"))
+
+
+def test_an_encoder_that_is_typed_otherwise_is_the_same_run(tiny_cache, tiny_config, tmp_path):
+    work = make_work(tiny_cache, tiny_config, tmp_path)
+    train_here(work, tmp_path)
+    columns = [replace(column, encoder=f"other:{column.encoder}") for column in tiny_cache.columns]
+    train_here(make_work(replace(tiny_cache, columns=columns), tiny_config, tmp_path), tmp_path)
 
 
 def test_more_workers_than_pairs_are_refused(tiny_cache, tiny_config, tmp_path, monkeypatch):

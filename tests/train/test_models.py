@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train.batches import FeatureReader
-from train.config import MarginConfig
+from train.config import LocalConfig, MarginConfig, TowerConfig
 from train.hosts import build_host
 from train.models import ModelError, open_model, save_ensemble, save_model
 from train.towers import Dims
@@ -34,6 +34,31 @@ def test_models_are_joined_and_opened_as_one(tiny_cache, tiny_config, tmp_path):
     with torch.no_grad():
         expected = torch.cat([one.embed_texts(texts).vector, other.embed_texts(texts).vector], 1) / 2**0.5
         torch.testing.assert_close(both.index_vectors(both.embed_texts(texts)), expected)
+
+
+def test_weights_that_both_towers_hold_are_saved(tiny_cache, tiny_config, tmp_path):
+    """As one codebook of a model that has a local space, which is saved once more when its share is tuned."""
+    tower = {"aggregator": "netvlad", "clusters": 4, "width": 8}
+    model = replace(
+        tiny_config.model,
+        shared_codebook=True,
+        local=LocalConfig(dim=8, queries=2),
+        image=TowerConfig(vectors=(), parts=("one.grid",), **tower),
+        text=TowerConfig(vectors=(), parts=("tokens",), **tower),
+    )
+    made, reader = saved(tmp_path, tiny_cache, replace(tiny_config, model=model), 0)
+    opened, _ = open_model(tmp_path)
+    texts = reader.texts(reader.split("val")[1])
+    with torch.no_grad():
+        torch.testing.assert_close(opened.embed_texts(texts).vector, made.embed_texts(texts).vector)
+
+
+def test_models_are_joined_however_their_encoders_were_typed(tiny_cache, tiny_config, tmp_path):
+    columns = [replace(column, encoder=f"other:{column.encoder}") for column in tiny_cache.columns]
+    saved(tmp_path / "one", tiny_cache, tiny_config, 0)
+    saved(tmp_path / "other", replace(tiny_cache, columns=columns), tiny_config, 1)
+    save_ensemble(tmp_path / "both", [tmp_path / "one", tmp_path / "other"])
+    assert open_model(tmp_path / "both")[1].text_vectors[0].encoder == "words"
 
 
 def test_models_of_other_columns_are_not_joined(tiny_cache, tiny_config, tmp_path):

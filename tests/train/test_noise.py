@@ -20,6 +20,12 @@ def test_rate_and_scale():
     assert abs(float(dropped.mean()) - 1) < 0.02
 
 
+def test_nearly_all_is_not_all():
+    dropped = Noise(0, 0, 400, slice(0, 400)).dropout(torch.ones(400, 500), 0.999)
+    assert dropped.isfinite().all()
+    assert 0 < float((dropped > 0).float().mean()) < 0.01
+
+
 def test_zero_changes_nothing():
     x = torch.randn(4, 3)
     assert Noise(0, 0, 4, slice(0, 4)).dropout(x, 0.0) is x

@@ -19,6 +19,12 @@ def test_every_caption_is_used_once_an_epoch():
     assert len(chunks) == schedule.steps
 
 
+@pytest.mark.parametrize(("batch", "together"), [(16, 1), (13, 1), (12, 3), (1000, 1)])
+def test_the_smallest_step_is_known(batch, together):
+    schedule = Schedule(np.arange(len(OWNER)), OWNER, batch, 2, 0, together)
+    assert schedule.smallest == min(len(draw.views) for draw in schedule.epoch(0))
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     order, _ = epoch_order(OWNER, 1, 2)
     np.testing.assert_array_equal(order, epoch_order(OWNER, 1, 2)[0])

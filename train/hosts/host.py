@@ -83,6 +83,13 @@ class Host(Embedder):
         """Distances that the ranking loss is a mean over; `distances` is their mean."""
         return [self.distances]
 
+    def require_guidance(self) -> None:
+        """Refuse, before a step is taken, erasing that nothing here can guide.
+
+        Raises:
+            SettingsError: a modality has no parts that `guidance` could attend to.
+        """
+
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
         """Attention of each pair's caption over the image's parts (B, K), and of its image over the words (B, L).
 

@@ -106,6 +106,23 @@ class DualEncoder(Host):
 
         return [partial(within, block) for block in range(count)]
 
+    def require_guidance(self) -> None:
+        """See `Host.require_guidance`."""
+        self._pooling()
+
+    def _pooling(self) -> tuple[Aggregator, Aggregator]:
+        """What pools the parts of images and of captions.
+
+        Raises:
+            SettingsError: a modality has no parts in its global vector.
+        """
+        if self.image.aggregator is None or self.text.aggregator is None:
+            raise SettingsError(
+                "erasing needs parts of images and of captions that are pooled: set model.image.parts (grid, coarse), "
+                "model.text.parts (tokens) and an aggregator other than none for both, or objective.erasing.weight 0"
+            )
+        return self.image.aggregator, self.text.aggregator
+
     def guidance(self, image: Encoded, text: Encoded, embedded: tuple[Embeddings, Embeddings]) -> tuple[Tensor, Tensor]:
         """Softmax over parts of pool(x_k)·e / √E, e being the partner's vector; see `Host.guidance`.
 
@@ -114,11 +131,7 @@ class DualEncoder(Host):
         Raises:
             SettingsError: a modality has no parts in its global vector.
         """
-        if self.image.aggregator is None or self.text.aggregator is None:
-            raise SettingsError(
-                "erasing needs parts of images and of captions that are pooled: set model.image.parts (grid, cells), "
-                "model.text.parts (tokens) and an aggregator other than none for both, or objective.erasing.weight 0"
-            )
+        of_images, of_texts = self._pooling()
 
         def attention(own: Encoded, aggregator: Aggregator, partner: Embeddings) -> Tensor:
             alone = aggregator.alone(own.parts, own.mask)  # (B, K, E)
@@ -127,8 +140,8 @@ class DualEncoder(Host):
             return scores.masked_fill(~own.mask, torch.finfo(scores.dtype).min).softmax(1) * own.mask
 
         return (
-            attention(image, self.image.aggregator, embedded[1]),
-            attention(text, self.text.aggregator, embedded[0]),
+            attention(image, of_images, embedded[1]),
+            attention(text, of_texts, embedded[0]),
         )
 
     def mean_of_views(self, views: Sequence[Embeddings]) -> Embeddings:

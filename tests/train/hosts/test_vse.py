@@ -219,6 +219,9 @@ def test_erasing_needs_parts():
     model = DualEncoder(ModelConfig(dim=12, text=TOWER), VECTORS, PARTS)
     with pytest.raises(SettingsError, match="erasing needs parts of images and of captions"):
         model(Features(torch.randn(5, 8)), grid(), torch.arange(5), None, 1.0)
+    with pytest.raises(SettingsError, match="erasing needs parts of images and of captions"):
+        model.require_guidance()
+    DualEncoder(ModelConfig(dim=12, image=TOWER, text=TOWER), PARTS, PARTS).require_guidance()
 
 
 def test_unknown_hosts_are_refused():
