@@ -87,11 +87,11 @@ class FeaturizeConfig:
     )
     storage: Literal["float16", "float32", "int8"] = field(
         default="float16",
-        metadata={"help": "of features: float16, float32, or int8 with a scale for each vector"},
+        metadata={"help": "of features: float16, float32, or int8 with a scale for each vector (boxes stay float16)"},
     )
     image_batch: int = field(default=8, metadata={"help": "images per forward pass (8 suits a CPU; GPUs want 128)"})
     text_batch: int = field(default=128, metadata={"help": "captions per forward pass"})
-    cpus_per_task: float = field(default=1.0, metadata={"help": "CPU cores that one extraction task takes"})
+    cpus_per_task: float = field(default=1.0, metadata={"help": "CPU cores, and threads, of one extraction task"})
     gpus_per_task: float = field(
         default=0.0, metadata={"help": "GPUs that one extraction task takes; 0: it runs on the CPU"}
     )
@@ -107,7 +107,13 @@ class FeaturizeConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuses a time limit that no image could keep, and shares that are none."""
+        """Refuses numbers that nothing can be described with, a time limit that no image could keep, and odd shares."""
+        for name in ("rows_per_shard", "image_batch", "text_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        for name in ("cpus_per_task", "gpus_per_task"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
         if not 0 <= self.max_quarantined <= 1:
             raise ValueError(f"max_quarantined: found {self.max_quarantined}, expected a share from 0 to 1")
         if not 0 < self.decode_timeout <= 86_400:

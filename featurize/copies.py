@@ -84,15 +84,22 @@ class Node:
         """Make the folder, for this user alone: what lies there is believed by its name.
 
         Raises:
-            CacheError: it cannot be made, or is another user's.
+            CacheError: it cannot be made, is another user's, or one that others may write to.
         """
         try:
-            (self.folder / "locks").mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = self.folder.stat().st_uid
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            (self.folder / "locks").mkdir(mode=0o700, exist_ok=True)
+            found = self.folder.stat()
         except OSError as error:
             raise CacheError(f"no folder for copies of shards ({error}); set ISTHMUS_LOCAL to another") from error
-        if owner != os.getuid():
+        if found.st_uid != os.getuid():
             raise CacheError(f"{self.folder}: belongs to another user; set ISTHMUS_LOCAL to a folder of your own")
+        if found.st_mode & 0o022:
+            raise CacheError(
+                f"{self.folder}: others may write to it, and copies of shards are believed; `chmod 700` it, or set "
+                "ISTHMUS_LOCAL to a folder of your own"
+            )
 
 
 def _bytes_of(variable: str) -> int | None:

@@ -3,15 +3,16 @@
 `extract_shard` is a plain function on plain records; `featurize.fill` decides what is missing and hands it to Ray.
 """
 
+import collections
 import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ from featurize.sharing import KnownRow, is_sound, read_row
 # One core a worker, and an allocator that keeps the pages of large activations instead of giving them back to the
 # system after every layer: 3 to 4 times as fast on a CPU (benchmarks/bench_extraction.py).
 WORKER_ENV = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+
+
+_DECODING = 8  # threads beside a GPU
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord
     """Publish one target's shard, then its record; an older record goes first, so that it never lies."""
     if not isinstance(target.folder, Path) and (finished := read_manifest(target.folder)) is not None:
         return finished.shards[task.number]  # by a job that took this one's lease over: its bytes are promised now
-    path = shard_path(target.folder, task.number)
+    path, keys = shard_path(target.folder, task.number), task.keys
     failed: dict[int, str] = {}
 
     def row_values(row: int) -> Array:
@@ -189,14 +194,46 @@ def _write(task: ShardTask, target: Target, described: Described) -> ShardRecord
         if row in described.failed or (known and known.reason):
             failed[row] = known.reason if known and known.reason else described.failed[row]
             return _as_stored(_absent(target.output), target.output)
-        return _as_stored(read_row(known) if known else described.values[target.output.name][row], target.output)
+        if known:
+            return _as_stored(read_row(known), target.output)
+        values = described.values[target.output.name][row]
+        if task.imported is None and (problem := _not_finite(task, keys[row], values, target.output)):
+            failed[row] = problem
+            values = _absent(target.output)
+        return _as_stored(values, target.output)
 
     remove_file(path.with_suffix(".json"))
-    keys = task.keys
     file = write_shard(path, keys, map(row_values, range(len(keys))), ragged=target.output.ragged)
     record = ShardRecord(file.rows, file.size, file.sha256, tuple(failed), tuple(failed.values()))
     write_record(target.folder, task.number, record)
     return record
+
+
+def _not_finite(task: ShardTask, key: str, values: Array, output: Output) -> str:
+    """Why a network's answer for an image cannot be stored; "" if it can.
+
+    Raises:
+        CacheError: it is beyond the type, as others will be; or it is a caption's, and every caption must have values.
+    """
+    if output.dtype == "int32":
+        return ""
+    largest = float(np.abs(values).max(initial=0.0))  # NaN if one is
+    limit = float(np.finfo(np.float32 if output.dtype == "float32" else np.float16).max)
+    if largest <= limit:
+        return ""
+    who = f"{task.encoder} says"
+    if np.isfinite(largest):
+        raise CacheError(
+            f"{who} {largest:g} in {output.name!r} of {key}, beyond the {limit:g} that can be stored as "
+            f"{output.dtype}; store its features with --featurize.storage float32"
+        )
+    problem = f"EncoderError: {who} {'NaN' if np.isnan(largest) else 'infinity'} in {output.name!r}"
+    if task.modality == "text":
+        raise CacheError(
+            f"{problem} of the caption {key}, and every caption must have values; try --featurize.precision float32, "
+            "or leave the caption out"
+        )
+    return problem
 
 
 def _absent(output: Output) -> Array:
@@ -255,6 +292,15 @@ def _in_time(task: ShardTask) -> Callable[[bytes], Image.Image]:
     return opened
 
 
+def _ahead(pool: Executor, make: Callable[[int], T], rows: Sequence[int], most: int) -> Iterator[T]:
+    """What is made of each row, in order, by other threads; no more than `most` are made before they are asked for."""
+    begun = collections.deque(pool.submit(make, row) for row in rows[:most])
+    for row in rows[most:]:
+        yield begun.popleft().result()
+        begun.append(pool.submit(make, row))
+    yield from (one.result() for one in begun)
+
+
 def _describe_images(task: ShardTask, rows: Sequence[int], opened: Callable[[bytes], Image.Image]) -> Described:
     encoder = image_encoder(task.encoder, task.precision)
     _check_card(task, encoder.card)
@@ -269,9 +315,8 @@ def _describe_images(task: ShardTask, rows: Sequence[int], opened: Callable[[byt
             failed[row] = f"{type(error).__name__}: {error}"
             return None
 
-    with ThreadPoolExecutor(1 if device() == "cpu" else 8) as pool:
-        mapper: Callable[..., Iterable[Tensor | None]] = map if device() == "cpu" else pool.map
-        prepared = mapper(prepare, rows)
+    with ThreadPoolExecutor(_DECODING) as pool:
+        prepared = map(prepare, rows) if device() == "cpu" else _ahead(pool, prepare, rows, 2 * task.batch)
         answers = describe_images(encoder, (image for image in prepared if image is not None), task.batch)
     good = [row for row in rows if row not in failed]
     return Described({name: dict(zip(good, values, strict=True)) for name, values in answers.items()}, failed)

@@ -223,9 +223,8 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
     from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
     _require_room(config)
-    gpu = {} if config.gpus_per_task else {"CUDA_VISIBLE_DEVICES": ""}  # Ray hides none from a task that asks for none
     remote = ray.remote(extract_shard).options(
-        num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, runtime_env={"env_vars": {**WORKER_ENV, **gpu}}
+        num_cpus=config.cpus_per_task, num_gpus=config.gpus_per_task, runtime_env={"env_vars": variables(config)}
     )
     waiting = iter(tasks)
     running: dict[Any, ShardTask] = {}
@@ -250,6 +249,12 @@ def _run(tasks: Sequence[ShardTask], config: FeaturizeConfig) -> None:
             if running:  # a driver that ends kills them in the midst of a file, and Ray's `cancel` may crash the driver
                 bar.write(f"the job ends when begun shards are written, in {_PATIENCE:.0f} seconds at the latest")
                 ray.wait(list(running), num_returns=len(running), timeout=_PATIENCE)
+
+
+def variables(config: FeaturizeConfig) -> dict[str, str]:
+    """The environment of a task: a thread for each core, and no GPU unless it asks for one, as Ray hides none then."""
+    gpu = {} if config.gpus_per_task else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**WORKER_ENV, **gpu, "OMP_NUM_THREADS": str(max(1, int(config.cpus_per_task)))}
 
 
 def _asked(config: FeaturizeConfig) -> dict[str, float]:
@@ -303,14 +308,17 @@ def _if_readable(folder: Place) -> Manifest | None:
         return None
 
 
+_STAGES = {"DecodeError": "decode", "EncoderError": "describe"}
+"""At what an image failed, by the error that its row has for a reason."""
+
+
 def left_out(dataset: Dataset, manifests: Iterable[Manifest]) -> list[Quarantined]:
     """What columns lack, in row order: one entry for an image and a reason, with the columns that lack it."""
     failed: dict[tuple[int, str, str], list[str]] = {}
     for manifest in manifests:
         images = manifest.missing if manifest.modality == "image" else dataset.caption_image[manifest.missing]
         for row, reason in zip(images.tolist(), manifest.reasons, strict=True):
-            decoded = "decode" if reason.startswith("DecodeError") else "read"
-            stage = "import" if is_import(manifest.reference) else decoded
+            stage = "import" if is_import(manifest.reference) else _STAGES.get(reason.partition(":")[0], "read")
             failed.setdefault((row, stage, reason), []).append(manifest.name)
     return [
         Quarantined(dataset.samples[row].image_id, stage, reason, dataset.digests[row], tuple(sorted(names)))

@@ -254,11 +254,14 @@ def touch(folder: Place) -> None:
 def environment() -> dict[str, str]:
     """This machine's kind, and the versions of the libraries that describe."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     packages = ("torch", "torchvision", "transformers", "numpy", "pillow")
+    found = {package: version(package) for package in packages}
+    with suppress(PackageNotFoundError):
+        found["opencv"] = version("opencv-python-headless")
     return {
-        **{package: version(package) for package in packages},
+        **found,
         "machine": platform.platform(),
         "processor": platform.machine(),
     }

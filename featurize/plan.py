@@ -85,6 +85,10 @@ class PlannedColumn:
         )
 
 
+POSITIONS = ("boxes", "spatial", "placed")
+"""Outputs with numbers from 0 to 1 that say where a region is: beside features, one scale in int8 would blur them."""
+
+
 def encoder_card(column: PlannedColumn) -> Card:
     """What a column's encoder is on this machine.
 
@@ -173,7 +177,8 @@ def plan(
         safe = re.sub(r"[^A-Za-z0-9_-]", "-", card.name)
         for output, which in itertools.product(_outputs(card, reference, wanted), views):
             vectors = output.dtype == "float16" and output.shape
-            stored = replace(output, dtype=config.storage) if vectors else output
+            positions = config.storage == "int8" and output.name in POSITIONS
+            stored = replace(output, dtype=config.storage) if vectors and not positions else output
             name = f"{safe}.{output.name}" + ("" if which == "plain" else f".{which}")
             ingredients = {
                 "format": FORMAT_VERSION,

@@ -16,8 +16,8 @@ class Quarantined:
     Attributes:
         image_id: whose it is.
         stage: "source" (the data contradicts itself: an id that is taken, a tar's sample without an image), "read" (no
-            bytes), "caption" (no usable text), "decode" (no picture in the bytes), "import" (no values in the imported
-            file).
+            bytes), "caption" (no usable text), "decode" (no picture in the bytes), "describe" (the network's answer is
+            no number), "import" (no values in the imported file).
         reason: what was found.
         sha256: of the image bytes, where there were any.
         columns: that lack it; none where the data set itself does.

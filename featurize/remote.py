@@ -6,7 +6,6 @@ What is open is kept for the whole process, by content: columns that are opened 
 import io
 import itertools
 import logging
-import os
 import resource
 import threading
 from collections import OrderedDict, deque
@@ -37,7 +36,6 @@ class _Open:
         self._streamed = 0  # bytes
         self._told = False
         self._lock = threading.Lock()
-        self._process = os.getpid()
 
     def get(self, sha256: str) -> Shard | None:
         with self._lock:

@@ -130,7 +130,7 @@ def write_shard(path: Place, keys: Sequence[str], rows: Iterable[Array], *, ragg
     return ShardFile(count, file.length, file.sha256.hexdigest())
 
 
-_NO_HEADER = (SyntaxError, tokenize.TokenError)
+NO_HEADER = (SyntaxError, tokenize.TokenError)
 """What numpy raises, beside ValueError, where a header is damaged."""
 
 
@@ -147,7 +147,7 @@ def _npy_header(data: Array, start: int) -> tuple[tuple[int, ...], np.dtype[Any]
     try:
         np.lib.format.read_magic(stream)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except _NO_HEADER as error:
+    except NO_HEADER as error:
         raise ShardError(f"no npy header ({error.args[0]})") from error
     if fortran or not _is_stored(dtype) or min(shape, default=0) < 0:
         raise ShardError(f"found {dtype}{shape}, expected numbers, or records of int8, in C order")
@@ -213,7 +213,7 @@ def read_index(path: Place) -> Array:
     """
     try:
         found: Array = np.lib.format.read_array(io.BytesIO(read(path)), allow_pickle=False)
-    except (EOFError, *_NO_HEADER) as error:
+    except (EOFError, *NO_HEADER) as error:
         raise ValueError(f"no npy array ({error.args[0]})") from error
     return found
 

@@ -9,7 +9,7 @@ from upath import UPath
 
 from featurize.copies import DamagedError, patiently, pieces
 from featurize.manifest import CacheError, ShardRecord
-from featurize.shards import Array, Shard, numbers
+from featurize.shards import NO_HEADER, Array, Shard, numbers
 
 
 class StreamedShard(Shard):
@@ -39,7 +39,7 @@ class StreamedShard(Shard):
                 values.append(np.load(io.BytesIO(member["data"]), allow_pickle=False))
         except CacheError:
             raise
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, EOFError, *NO_HEADER) as error:
             file.drain()  # a wrong checksum says it better
             raise DamagedError(f"{source}: cannot be read as a shard ({error})") from error
         file.drain()

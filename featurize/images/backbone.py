@@ -71,18 +71,18 @@ class Processor:
     @property
     def mean(self) -> tuple[float, ...]:
         """Per channel, in units of 0 to 255."""
-        means = self._settings["image_mean"] if self._settings.get("do_normalize", True) else (0.0,) * 3
+        means = self._settings["image_mean"] if self._settings.get("do_normalize") else (0.0,) * 3
         return tuple(value / self._scale for value in means)
 
     @property
     def std(self) -> tuple[float, ...]:
         """Per channel, in units of 0 to 255."""
-        deviations = self._settings["image_std"] if self._settings.get("do_normalize", True) else (1.0,) * 3
+        deviations = self._settings["image_std"] if self._settings.get("do_normalize") else (1.0,) * 3
         return tuple(value / self._scale for value in deviations)
 
     @property
     def _scale(self) -> float:
-        return float(self._settings["rescale_factor"]) if self._settings.get("do_rescale", True) else 1.0
+        return float(self._settings["rescale_factor"]) if self._settings.get("do_rescale") else 1.0
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, H, W) uint8."""

@@ -172,12 +172,13 @@ class RegionEncoder:
         self._k = k
         self._score = score
         width = grid.width if grid else detector.width
-        features: dict[str, JSON] = {}
+        features: dict[str, JSON] = {}  # and how they are computed, which may differ from how boxes are found
         name, weights = f"regions:{detector.name}", detector.weights
         if grid:
             name = f"{name}+{grid.card.name}"
             weights = hashlib.sha256(f"{weights} {grid.card.weights}".encode()).hexdigest()
-            features = {"features": {**grid.card.preprocessing, "squeezed": grid.side}}
+            used = grid.card.preprocessing
+            features = {"features": {**used, "squeezed": grid.side}, "precision": used["precision"]}
         self.card = Card(
             name,
             weights,

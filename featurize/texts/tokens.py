@@ -57,9 +57,9 @@ class TokenEncoder:
     """A `TextEncoder` with the outputs "tokens" (L, D), special tokens included, and "sentence" (D,).
 
     The sentence is the mean of the tokens, or what 1_Pooling/config.json (sentence-transformers' format) says
-    instead: the first or last token. Of the text towers of CLIP and SigLIP it is the pooled output before the
-    projection. In each case it is divided by its L2 norm. Dense layers behind the pooling and prompts before
-    the caption are not applied.
+    instead: the first or last token. Of the text towers of CLIP and SigLIP it is the tower's own pooled output: CLIP's
+    before the projection, SigLIP's behind it. In each case it is divided by its L2 norm. Dense layers behind the
+    pooling and prompts before the caption are not applied.
 
     Args:
         name: the card's name; empty: "transformers:" and the architecture.

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -315,6 +316,17 @@ def test_no_disk_at_all(column, ragged, node, monkeypatch):
     assert not node.exists()
 
 
+@pytest.mark.parametrize("damage", [b"'shape': (64,{", b"'shape': (64;)"])
+def test_a_damaged_header_in_a_stream_is_damage(column, damage):
+    """And no store that does not answer: the network is not blamed."""
+    folder, manifest, _ = column
+    whole = (folder / "000000.tar").read_bytes()
+    assert whole.count(b"'shape': (64,)") == ROWS
+    (folder / "000000.tar").write_bytes(whole.replace(b"'shape': (64,)", damage, 1))
+    with pytest.raises(CacheError, match=r"000000\.tar: .* sha256"):
+        stream(folder / "000000.tar", manifest.shards[0], ragged=False)
+
+
 def test_streamed_shards_keep_to_their_memory(column, node, monkeypatch):
     folder, manifest, values = column
     monkeypatch.setenv("ISTHMUS_LOCAL_GIB", "0")
@@ -364,6 +376,19 @@ def test_copies_lie_in_the_systems_temporary_folder(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert Node.here() == Node(tmp_path / f"isthmus-{os.getuid()}", None, 2**30)
+
+
+def test_the_folder_is_for_this_user_alone(tmp_path):
+    node = Node(tmp_path / "above" / "copies", None, 2**30)
+    before = os.umask(0)
+    try:
+        node.make()
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((node.folder / name).stat().st_mode) for name in (".", "locks")] == [0o700, 0o700]
+    node.folder.chmod(0o770)
+    with pytest.raises(CacheError, match="others may write to it, and copies of shards are believed; `chmod 700` it"):
+        node.make()
 
 
 def test_the_folder_is_nobody_elses(column, node, monkeypatch):

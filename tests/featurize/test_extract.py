@@ -2,6 +2,8 @@
 
 import errno
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +19,12 @@ from featurize.datasets.scenes import read_scenes
 from featurize.describe import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.encoder import Card
 from featurize.extract import extract_shard
-from featurize.fill import fill, tasks_for
+from featurize.fill import fill, tasks_for, variables
 from featurize.images.decode import decode
 from featurize.index import index
 from featurize.manifest import CacheError, read_manifest
 from featurize.plan import plan
+from featurize.quarantine import read_quarantine
 from featurize.shards import row_key
 from featurize.verify import verify
 
@@ -196,6 +199,101 @@ def test_no_room_where_a_shard_is_written_before_it_is_uploaded(pictures, bucket
     message = f"no room for shard 0 .*: free some space in {tempfile.gettempdir()}, where a shard is written first, or"
     with pytest.raises(CacheError, match=message):
         extract_shard(task)
+
+
+def answering(monkeypatch, change):
+    """The network's answers for images and captions, changed."""
+
+    def changed(describe):
+        def described(*args):
+            answers = describe(*args)
+            return {name: change(name, [row.copy() for row in rows]) for name, rows in answers.items()}
+
+        return described
+
+    monkeypatch.setattr(extract, "describe_images", changed(describe_images))
+    monkeypatch.setattr(extract, "describe_texts", changed(describe_texts))
+
+
+@pytest.mark.parametrize(("value", "held"), [(np.nan, "NaN"), (np.inf, "infinity")])
+def test_an_image_of_which_the_network_says_nothing_is_quarantined(pictures, tmp_path, monkeypatch, value, held):
+    def change(name, rows):
+        if name == "grid":
+            rows[2][7, 3] = value
+        return rows
+
+    answering(monkeypatch, change)
+    dataset = index(pictures[:4], "scenes", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, views=("plain",))
+    columns = plan(dataset, config, ("pooled", "grid"), ())
+    (task,), _ = tasks_for(dataset, config, columns)
+    whole, lacking = (extract_shard(task)[str(column.folder)] for column in columns)
+    assert whole.quarantined == ()
+    assert (lacking.quarantined, lacking.reasons) == (
+        (2,),
+        (f"EncoderError: efficientnet-lite0 says {held} in 'grid'",),
+    )
+    with pytest.raises(CacheError, match="1 of 4 images cannot be used"):
+        fill(dataset, replace(config, max_quarantined=0.0), columns)
+    (problem,) = read_quarantine(dataset.folder)
+    assert (problem.image_id, problem.stage) == (pictures[2].image_id, "describe")
+    row = open_column(dataset, columns[1].name, columns[1].id).gather(np.array([2]))
+    assert np.isnan(row).all()
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        (
+            "float16",
+            "says 70000 in 'pooled' of .*, beyond the 65504 that can be stored as float16; store its features ",
+        ),
+        ("int8", "says 70000 in 'pooled' of .*, beyond the 65504 that can be stored as int8; store its features with "),
+        ("float32", None),
+    ],
+)
+def test_numbers_beyond_the_type_are_refused(pictures, tmp_path, monkeypatch, storage, message):
+    def change(_, rows):
+        rows[1][5] = -70000
+        return rows
+
+    answering(monkeypatch, change)
+    dataset = index(pictures[:4], "scenes", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, views=("plain",), storage=storage)
+    columns = plan(dataset, config, ("pooled",), ())
+    (task,), _ = tasks_for(dataset, config, columns)
+    with pytest.raises(CacheError, match=message) if message else nullcontext():
+        extract_shard(task)
+
+
+def test_every_caption_has_values(pictures, tmp_path, monkeypatch):
+    def change(_, rows):
+        rows[3][0] = np.nan
+        return rows
+
+    answering(monkeypatch, change)
+    dataset = index(pictures[:4], "scenes", tmp_path, max_quarantined=0)
+    (task,), _ = tasks_for(dataset, CONFIG, plan(dataset, CONFIG, (), ("sentence",)))
+    with pytest.raises(
+        CacheError, match=r"minilm says NaN in 'sentence' of the caption .*; try --featurize.precision f"
+    ):
+        extract_shard(task)
+
+
+def test_no_more_is_prepared_than_is_asked_for_soon():
+    begun = []
+    with ThreadPoolExecutor(1) as pool:
+        made = extract._ahead(pool, lambda row: begun.append(row) or row, range(20), 4)
+        assert [next(made), next(made)] == [0, 1]
+        pool.submit(lambda: None).result()
+        assert len(begun) <= 6
+        assert [*made] == list(range(2, 20))
+    assert begun == list(range(20))
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(0.5, "1"), (1, "1"), (3, "3")])
+def test_a_task_has_a_thread_for_each_core(cores, threads):
+    assert variables(replace(CONFIG, cpus_per_task=cores))["OMP_NUM_THREADS"] == threads
 
 
 def test_a_batch_that_the_gpu_cannot_hold(pictures, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Region columns from extraction to a batch: rows of different length, an undecodable picture, several views."""
 
+import importlib.util
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,13 @@ from featurize.columns import open_column
 from featurize.config import FeaturizeConfig, ScenesConfig
 from featurize.datasets.scenes import read_scenes
 from featurize.describe import describe_images, image_encoder
+from featurize.encoder import usable_precision
 from featurize.fill import fill
 from featurize.images.decode import decode
 from featurize.images.views import view
 from featurize.index import index
 from featurize.manifest import read_manifest
-from featurize.plan import plan
+from featurize.plan import encoder_card, plan
 from featurize.verify import drift, verify
 from train.batches import FeatureReader, Inputs
 from train.config import ModelConfig, SettingsError, TowerConfig, TrainConfig
@@ -110,11 +112,22 @@ def test_regions_that_are_described_again_are_the_same(extracted):
         assert again.largest < 0.01, column.name
 
 
-def test_int8_is_for_vectors_only(extracted, config, tmp_path, ray_local):
+@pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="the extra `regions` is not installed")
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_detector_and_an_encoder_of_other_precisions_are_opened_again(pictures, tmp_path, precision):
+    """The packaged detector computes in float32 whatever the encoder beside it does."""
+    dataset = index(pictures[:1], "one", tmp_path, max_quarantined=0)
+    config = replace(CONFIG, images=("regions:ssd-mobilenet+efficientnet-lite0",), precision=precision)
+    (column, *_) = plan(dataset, config, ("regions",), ())
+    assert column.precision == usable_precision(precision, torch.device("cpu"))
+    assert encoder_card(column).weights == column.ingredients["weights"]
+
+
+def test_int8_is_for_features_only(extracted, config, tmp_path, ray_local):
     dataset = index(extracted[0].samples[:3], "few", tmp_path, max_quarantined=0.5)
     small = replace(config, storage="int8", views=("plain",))
     columns = plan(dataset, small, OUTPUTS, ())
-    assert [column.output.dtype for column in columns] == ["int8", "int8", "float16", "int32", "int8"]
+    assert [column.output.dtype for column in columns] == ["int8", "float16", "float16", "int32", "float16"]
     fill(dataset, small, columns)
     assert list(verify(dataset.folder)) == []
     for column in columns:

@@ -11,6 +11,7 @@ from transformers import (
     CLIPImageProcessor,
     ConvNextImageProcessor,
     EfficientNetImageProcessor,
+    MobileViTImageProcessor,
     Siglip2ImageProcessor,
     SiglipImageProcessor,
     ViTImageProcessor,
@@ -66,6 +67,16 @@ def test_dinov2_drops_the_class_token_and_pools_with_it(tmp_path):
     assert encoder.card.outputs[:2] == (Output("grid", (16, 32)), Output("pooled", (32,)))
     close(ours["grid"], theirs.last_hidden_state[:, 1:])
     close(ours["pooled"], theirs.last_hidden_state[:, 0])
+
+
+def test_pixels_are_normalised_only_where_the_processor_does(tmp_path):
+    """MobileViT's has a mean and a deviation, and uses neither."""
+    config = transformers.MobileViTConfig(
+        hidden_sizes=[16, 16, 16], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 16], image_size=32, num_attention_heads=2
+    )
+    model, processor = transformers.MobileViTModel(config), MobileViTImageProcessor(size={"shortest_edge": 32})
+    _, ours, theirs = both(saved(tmp_path, model, processor), model, processor)
+    close(ours["pooled"], theirs.pooler_output)
 
 
 def test_registers_are_dropped_too(tmp_path):
