@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -269,8 +269,12 @@ def main() -> None:
     every = ((row, seed) for seed in range(given.seeds) for rows in wanted for row in rows if not row.joined)
     missing = {run_folder(*one, runs): one for one in every if not finished(run_folder(*one, runs))}
     with ThreadPoolExecutor(given.jobs) as pool:
-        for done in [pool.submit(train, *one, folder, given) for folder, one in missing.items()]:
-            done.result()
+        try:
+            for done in as_completed([pool.submit(train, *one, folder, given) for folder, one in missing.items()]):
+                done.result()
+        except BaseException:  # a run that failed, or Ctrl-C: nothing further is begun
+            pool.shutdown(cancel_futures=True)
+            raise
     for row in (row for rows in wanted for row in rows if row.joined):
         (folder,) = folders_of(row, given.seeds, runs)
         members = [str(run_folder(row, seed, runs)) for seed in range(given.seeds)]

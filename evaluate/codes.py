@@ -156,7 +156,7 @@ def lookup_tables(codebook: ProductCodebook, queries: Tensor) -> Tensor:
         queries: (Q, E).
     """
     pieces = codebook.pieces(queries)  # (S, Q, E/S)
-    return (pieces[:, :, None] - codebook.codewords[:, None]).square().sum(-1)
+    return torch.cdist(pieces, codebook.codewords, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def search_codes(
@@ -169,7 +169,7 @@ def search_codes(
         queries: (Q, E).
         codes: (N, S) uint8, from `encode`.
         k: items wanted for each query; all of them where there are fewer.
-        tile: items that are scored at once; memory grows with Q · tile.
+        tile: items that are scored at once; memory grows with Q · (S · M + tile).
 
     Returns:
         Squared distances (Q, k) to the decoded items, and rows (Q, k) int64.

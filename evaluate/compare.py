@@ -30,8 +30,10 @@ def rank_compared(
         Image to text, text to image.
 
     Raises:
-        EvaluationError: a distance is not finite, or what `Relevance` refuses.
+        EvaluationError: a distance is not finite, tile < 1, or what `Relevance` refuses.
     """
+    if tile < 1:
+        raise EvaluationError(f"tile: expected at least 1, found {tile}")
     to_text = Relevance.image_to_text(caption_image, len(images))
     to_image = Relevance.text_to_image(caption_image)
     own = _own_distances(distances, images, captions, to_text, tile)  # (M,) of each caption to its image

@@ -17,6 +17,15 @@ class HubnessConfig:
     strength: float = field(default=0.7, metadata={"help": "a, share of an item's hubness taken from its score"})
     sharpness: float = field(default=20.0, metadata={"help": "b, how much the nearest training queries decide"})
 
+    def __post_init__(self) -> None:
+        """Refuse, before anything is trained, what no correction can be fitted with afterwards."""
+        if self.queries < 0:
+            raise ValueError(f"queries: found {self.queries}, expected 0 (no correction) or more")
+        if self.strength < 0:
+            raise ValueError(f"strength: found {self.strength}, expected 0 (changes nothing) or more")
+        if self.sharpness <= 0:
+            raise ValueError(f"sharpness: found {self.sharpness}, expected more than 0; queries 0 means no correction")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -28,3 +37,8 @@ class EvaluateConfig:
     )
     hubness: HubnessConfig = field(default_factory=HubnessConfig)
     tile: int = field(default=1024, metadata={"help": "rows scored at once; memory is tile squared"})
+
+    def __post_init__(self) -> None:
+        """Refuse a tile that holds nothing."""
+        if self.tile < 1:
+            raise ValueError(f"tile: found {self.tile}, expected 1 or more")

@@ -180,7 +180,8 @@ def evaluate_coco(
     if len(images) != COCO_IMAGES:
         raise EvaluationError(
             f"the coco protocol needs the {COCO_IMAGES} images of a COCO Karpathy split, "
-            f"found {len(images)}; use the full protocol"
+            f"found {len(images)}; measure with the protocol full (--evaluate.protocol full of a run, --protocol full "
+            "of evaluate)"
         )
     whole = evaluate_full(images, captions, caption_image, split=split, tile=tile, rank=rank)
     folds = []

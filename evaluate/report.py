@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from evaluate.metrics import METRIC_NAMES, Metrics, Report
+from featurize.images.decode import DecodeError, decode
 from featurize.places import publish
 
 THUMBNAIL = 160
@@ -309,10 +310,8 @@ def _picture(data: bytes | None, label: str) -> str:
     if data is None:
         return '<span class="missing">no picture</span>'
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.draft("RGB", (THUMBNAIL * 3, THUMBNAIL))
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        image = decode(data)
+    except DecodeError:
         return '<span class="missing">picture cannot be read</span>'
     image.thumbnail((THUMBNAIL * 3, THUMBNAIL), Image.Resampling.LANCZOS)
     out = io.BytesIO()

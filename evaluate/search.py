@@ -21,6 +21,7 @@ from torch import Tensor
 from evaluate.embed import embed_image_rows
 from evaluate.hubness import HubnessCorrection, augment_gallery, augment_queries
 from evaluate.index import Index
+from evaluate.ranks import EvaluationError
 from featurize.datasets.sample import Sample
 from featurize.describe import describe_images, describe_texts, image_encoder, text_encoder
 from featurize.encoder import Card
@@ -49,16 +50,26 @@ class Hit:
     sample: Sample
 
 
-def build_index(model: Embedder, reader: FeatureReader, folder: Path) -> None:
+CORRECTION_FILE = "hubness.safetensors"
+"""In a run's `model/`: the hubness correction, where one was fitted."""
+_BIAS = "hubness"
+"""The column of an index's items with what is taken from each one's score."""
+
+
+def build_index(
+    model: Embedder, reader: FeatureReader, folder: Path, correction: HubnessCorrection | None = None
+) -> None:
     """Embed every image of the data set and write the index that searches them.
 
     Args:
         model: that embeds.
         reader: of the columns that the model was trained on.
         folder: that the index is written to; it is made.
+        correction: of the model, if it has one; each image's bias is stored with it.
 
     Raises:
         train.config.SettingsError: the host has no vectors to index.
+        evaluate.ranks.EvaluationError: the correction has other dimensions than the model.
     """
     rows = np.setdiff1d(np.arange(len(reader.dataset.samples)), reader.missing)
     samples = [reader.dataset.samples[row] for row in rows]
@@ -74,11 +85,9 @@ def build_index(model: Embedder, reader: FeatureReader, folder: Path) -> None:
     )
     with torch.inference_mode():
         vectors = model.index_vectors(embed_image_rows(model, reader, rows))
+    if correction is not None:
+        items[_BIAS] = correction.bias(vectors, "images").numpy()
     Index(vectors.numpy(), items).save(folder)
-
-
-CORRECTION_FILE = "hubness.safetensors"
-"""In a run's `model/`: the hubness correction, where one was fitted."""
 
 
 class Searcher:
@@ -120,8 +129,8 @@ class Searcher:
                 answers[ref.encoder] = describe_texts(encoder, texts, batch=128)
             return answers[ref.encoder][ref.output]
 
-        vectors = [np.stack(column(ref)) for ref in self.inputs.text_vectors]
-        parts = [_padded([_stored(row) for row in column(ref)]) for ref in self.inputs.text_parts]
+        vectors = [_stored(np.stack(column(ref)), ref) for ref in self.inputs.text_vectors]
+        parts = [_padded([_stored(row, ref) for row in column(ref)]) for ref in self.inputs.text_parts]
         bags = [_padded([torch.from_numpy(row).long() for row in column(ref)]) for ref in self.inputs.text_bags]
         with torch.inference_mode():
             features = Features(
@@ -158,8 +167,10 @@ class Searcher:
                 answers[ref.encoder] = describe_images(encoder, prepared, batch=8)
             return answers[ref.encoder][ref.output]
 
-        vectors = [np.stack(column(views[number])) for views in self.inputs.image_vectors]
-        parts = [_padded([_stored(row) for row in column(views[number])]) for views in self.inputs.image_parts]
+        of_vectors = [views[number] for views in self.inputs.image_vectors]
+        of_parts = [views[number] for views in self.inputs.image_parts]
+        vectors = [_stored(np.stack(column(ref)), ref) for ref in of_vectors]
+        parts = [_padded([_stored(row, ref) for row in column(ref)]) for ref in of_parts]
         return Features(
             _joined(vectors, len(pictures)), tuple(part for part, _ in parts), tuple(mask for _, mask in parts)
         )
@@ -171,9 +182,13 @@ class Searcher:
         Raises:
             evaluate.ranks.EvaluationError: the run has no hubness correction.
         """
-        correction = HubnessCorrection.open(self._run / "model" / CORRECTION_FILE)
+        if _BIAS not in self.index.items:
+            raise EvaluationError(
+                f"{self._run / 'index'}: no hubness correction is stored with its images; search without --corrected, "
+                "or train with --evaluate.hubness.queries above 0"
+            )
         vectors = torch.from_numpy(np.array(self.index.vectors))
-        augmented = augment_gallery(vectors, correction.bias(vectors, "images"))
+        augmented = augment_gallery(vectors, torch.from_numpy(self.index.items[_BIAS].to_numpy(copy=True)))
         return Index(augmented.numpy(), self.index.items)
 
     def nearest(self, embeddings: Tensor, k: int = 10, *, corrected: bool = False) -> list[list[Hit]]:
@@ -225,13 +240,13 @@ def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, mask
 
 
-def _stored(values: Array) -> Tensor:
-    """Values as the cache would hold them (float16), back in float32."""
-    return torch.from_numpy(values.astype(np.float16)).float()
+def _stored(values: Array, ref: ColumnRef) -> Tensor:
+    """Values in float32, rounded to float16 where the cache held the column so."""
+    return torch.from_numpy(values.astype(np.float16 if ref.dtype == "float16" else np.float32)).float()
 
 
-def _joined(values: Sequence[Array], rows: int) -> Tensor:
-    return torch.cat([_stored(value) for value in values], 1) if values else torch.empty(rows, 0)
+def _joined(values: Sequence[Tensor], rows: int) -> Tensor:
+    return torch.cat(list(values), 1) if values else torch.empty(rows, 0)
 
 
 def _check_describable(refs: Sequence[ColumnRef], query: Literal["text", "picture"]) -> None:

@@ -6,6 +6,7 @@ traceback; anything unexpected keeps its traceback.
 """
 
 import argparse
+import errno
 import os
 import resource
 import select
@@ -23,6 +24,7 @@ from pipeline.config import (
     ConfigError,
     RayConfig,
     RunConfig,
+    absolute_encoders,
     did_you_mean,
     dump_yaml,
     find_run,
@@ -368,7 +370,7 @@ def _settings(args: argparse.Namespace) -> RunConfig:
     config = resolve(args.recipe)
     for file in args.config:
         config = merge(config, load_yaml(file), file)
-    return merge(config, _changes(args), COMMAND_LINE)
+    return absolute_encoders(merge(config, _changes(args), COMMAND_LINE))
 
 
 def _changes(args: argparse.Namespace) -> dict[str, str]:
@@ -609,10 +611,15 @@ def _answered(argv: Sequence[str] | None) -> int:
     except OSError as error:
         from featurize.places import is_full
 
-        if not is_full(error):
+        what = getattr(error, "cause", error)
+        if is_full(error):
+            advice = "what is finished stays: free some space (`cache gc` may help) and run the same command again"
+            print(f"error: no room on the disk ({what}); {advice}", file=sys.stderr)
+        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            advice = "name folders, or a store, that this user may read and write: --cache, --runs, ISTHMUS_LOCAL"
+            print(f"error: not allowed ({what}); {advice}", file=sys.stderr)
+        else:
             raise
-        advice = "what is finished stays: free some space (`cache gc` may help) and run the same command again"
-        print(f"error: no room on the disk ({error}); {advice}", file=sys.stderr)
         return 2
     except _user_errors() as error:
         # Ray hands on a task's error as a copy whose text is a traceback; its cause is the error itself.

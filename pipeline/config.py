@@ -38,7 +38,9 @@ class RayConfig:
 
     address: str = field(
         default="",
-        metadata={"help": "empty: start Ray on this machine; auto or HOST:PORT: attach to a cluster"},
+        metadata={
+            "help": "empty: start Ray on this machine; auto or HOST:PORT: attach to the cluster that this machine is in"
+        },
     )
     cpus: int = field(default=0, metadata={"help": "CPU cores of the Ray started here; 0: all"})
     object_store_mb: int = field(
@@ -71,13 +73,18 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        """Refuses names that cannot be a folder's."""
+        """Refuses names that cannot be a folder's, and runs where none can be written."""
         for key, text in (("method", self.method), ("name", self.name or "unnamed")):
             if not re.fullmatch(_PLAIN, text) or text == "latest":
                 raise ValueError(
                     f"{key}: found {text!r}, expected letters, digits and . _ - @ + = , (it names a folder; "
                     "`latest` is taken)"
                 )
+        if "://" in self.runs:
+            raise ValueError(
+                f"runs: found the URI {self.runs}, expected a folder, which driver and workers share: runs are written "
+                "on a file system; MLFLOW_TRACKING_URI may name a server that keeps what they hold"
+            )
 
 
 class Key(NamedTuple):
@@ -295,6 +302,23 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 def dump_yaml(config: RunConfig) -> str:
     """The whole config as YAML; `merge(RunConfig(), load_yaml(...), ...)` gives it back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def absolute_encoders(config: RunConfig) -> RunConfig:
+    """The config with encoders' files and folders by absolute paths, which mean the same on workers and later."""
+
+    def behind(mark: str, reference: str) -> str:
+        kind, _, rest = reference.partition(mark)
+        return f"{kind}{mark}{Path(rest).absolute()}" if rest and Path(rest).exists() else reference
+
+    def encoder(reference: str) -> str:
+        if reference.startswith("regions:"):
+            detector, *pieces = reference.split("+")
+            return "+".join([behind("@", detector), *map(encoder, pieces)])
+        return behind("@" if reference.startswith("torchvision:") else ":", reference)
+
+    images, texts = (tuple(map(encoder, group)) for group in (config.featurize.images, config.featurize.texts))
+    return dataclasses.replace(config, featurize=dataclasses.replace(config.featurize, images=images, texts=texts))
 
 
 def run_name(config: RunConfig, now: datetime) -> str:

@@ -40,23 +40,9 @@ def absolute(config: RunConfig) -> RunConfig:
     def path(text: str) -> str:
         return text if not text or "://" in text else str(Path(text).absolute())
 
-    def behind(mark: str, reference: str) -> str:
-        kind, _, rest = reference.partition(mark)
-        return f"{kind}{mark}{Path(rest).absolute()}" if rest and Path(rest).exists() else reference
-
-    def encoder(reference: str) -> str:
-        if reference.startswith("regions:"):
-            detector, *pieces = reference.split("+")
-            return "+".join([behind("@", detector), *map(encoder, pieces)])
-        return behind("@" if reference.startswith("torchvision:") else ":", reference)
-
-    encoders = dataclasses.replace(
-        config.featurize,
-        images=tuple(map(encoder, config.featurize.images)),
-        texts=tuple(map(encoder, config.featurize.texts)),
-    )
     data = dataclasses.replace(config.data, root=path(config.data.root))
-    return dataclasses.replace(config, data=data, featurize=encoders, cache=path(config.cache), runs=path(config.runs))
+    runs = str(Path(config.runs).absolute())
+    return dataclasses.replace(config, data=data, cache=path(config.cache), runs=runs)
 
 
 def submit(

@@ -84,7 +84,7 @@ def fit_correction(
     Args:
         model: trained.
         reader: of the columns that it was trained on.
-        split: whose images and captions are the queries; never the one that is measured.
+        split: whose images and captions are the queries; the correction tells nothing of this split itself.
         config: how many queries, strength and sharpness.
         seed: of the choice of queries.
     """
@@ -131,9 +131,11 @@ class Measured:
 
 
 def measure(
-    folder: Path, name: str, validation: Validation, model: Embedder, embedded: EmbeddedSplit
+    folder: Path, name: str, validation: Validation, model: Embedder, embedded: EmbeddedSplit, fitted: str
 ) -> tuple[Report, list[Measured]]:
     """Measure a run's model plainly, and by its hubness correction and its codebook where they are stored.
+
+    The correction is left out on the split that it was fitted on: its queries would be those that are asked.
 
     Writes `metrics<name>.json`, `metrics<name>-corrected.json` and `metrics<name>-codes.json`.
 
@@ -143,6 +145,7 @@ def measure(
         validation: split and protocol.
         model: the run's.
         embedded: the split.
+        fitted: the split that the run learned from.
 
     Raises:
         EvaluationError: what is stored is damaged or does not fit the model.
@@ -151,7 +154,7 @@ def measure(
     keep(folder, name, plain)
     others = []
     stored = folder / "model"
-    if (stored / CORRECTION_FILE).exists():
+    if (stored / CORRECTION_FILE).exists() and validation.split != fitted:
         correction = HubnessCorrection.open(stored / CORRECTION_FILE)
         report = validation.report(model, embedded, partial(rank_corrected, correction=correction))
         others.append(Measured("corrected", "corrected for hubness", report))

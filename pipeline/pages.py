@@ -1,8 +1,8 @@
 """The pages of a run: what it learned, and what a search found."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from evaluate.search import Hit
 from featurize.datasets.sample import Sample
 from featurize.index import Dataset
 from pipeline.config import RunConfig, to_dict
-from pipeline.tracking import METRICS_FILE
+from pipeline.tracking import metrics_of
 from train.batches import FeatureReader
 from train.embeddings import Embeddings
 from train.hosts import Embedder
 from train.losses.distances import squared_distances
 
+RUN_PAGE = "report.html"
+"""In a run's folder: written last, so that a run which has it is finished."""
 EXAMPLES = 5
 SHOWN = 5
 
@@ -59,7 +61,7 @@ def write_run_page(
     reader: FeatureReader,
     embedded: EmbeddedSplit,
 ) -> Path:
-    """`report.html` of a run: metrics, curves, retrievals in both directions on the evaluate split, settings.
+    """The page of a run: metrics, curves, retrievals in both directions on the evaluate split, settings.
 
     Args:
         folder: of the run.
@@ -69,7 +71,7 @@ def write_run_page(
         reader: of its cache.
         embedded: the evaluate split.
     """
-    path = folder / "report.html"
+    path = folder / RUN_PAGE
     split = config.data.evaluate
     images, captions, owner = embedded
 
@@ -88,7 +90,7 @@ def write_run_page(
         folder.name,
         note=f"{config.method} on {config.data.dataset}, {len(image_rows)} images of split {split}",
         reports=reports,
-        curves=_curves(folder / METRICS_FILE),
+        curves=_curves(metrics_of(folder)),
         text_to_image=[
             Answer(
                 texts[caption_rows[caption]],
@@ -101,7 +103,7 @@ def write_run_page(
         ],
         image_to_text=[
             Answer(
-                _bytes(reader.dataset.samples[image_rows[image]]) or "",
+                _asked(reader.dataset.samples[image_rows[image]]),
                 [
                     Shown(rank, str(row), d, (texts[caption_rows[row]],), right=int(owner[row]) == image)
                     for rank, (row, d) in enumerate(nearest_captions(int(image)), 1)
@@ -135,6 +137,11 @@ def _shown_image(dataset: Dataset, row: int, rank: int, distance: float, *, righ
     return Shown(rank, sample.image_id, distance, sample.captions[:1], _bytes(sample), right)
 
 
+def _asked(sample: Sample) -> bytes | str:
+    """The picture of a query, or words in its place."""
+    return _bytes(sample) or f"{sample.image_id} (its picture is not at hand)"
+
+
 def _bytes(sample: Sample) -> bytes | None:
     """The picture, if its file is still where it was."""
     try:
@@ -143,8 +150,8 @@ def _bytes(sample: Sample) -> bytes | None:
         return None
 
 
-def _curves(metrics: Path) -> list[Curve]:
-    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()] if metrics.exists() else []
+def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """What changed over training, from what the run logged."""
 
     def curve(name: str, title: str, best: str) -> list[Curve]:
         points = {line["step"]: line["metrics"][name] for line in lines if name in line["metrics"]}

@@ -50,10 +50,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                 )
-    except (ConnectionError, AuthenticationError) as error:
+    except (ConnectionError, AuthenticationError, RuntimeError) as error:
+        if not address:
+            raise
         raise ConfigError(
             f"no Ray cluster takes us at --ray.address {address} ({error}); start one with `ray start --head`, "
-            "or leave the option out to run on this machine"
+            "send the run as a job with `submit` if this machine is not in the cluster, or leave the option out to run "
+            "on this machine"
         ) from error
     try:
         yield

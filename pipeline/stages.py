@@ -5,9 +5,12 @@ Each stage is a function of a `RunConfig`; the command line calls them by name.
 
 import dataclasses
 import json
+import os
+import shlex
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,7 +20,9 @@ from PIL import Image
 
 from evaluate.codes import check_codes, save_codebook
 from evaluate.embed import EmbeddedSplit
+from evaluate.hubness import HubnessCorrection
 from evaluate.metrics import CollapseWarning, Report
+from evaluate.protocols import COCO_IMAGES
 from evaluate.search import CORRECTION_FILE, Hit, Searcher, build_index
 from evaluate.tune import tune_share
 from featurize import index as feature_index
@@ -83,6 +88,8 @@ def featurize(config: RunConfig) -> tuple[Dataset, list[PlannedColumn]]:
     return dataset, columns
 
 
+TRAINING_FILE = "training.json"
+"""In a run's folder: what training took."""
 CACHE_FILE = "cache.json"
 """In a run's folder: the version of the data and the columns that it reads, whatever its source holds later."""
 
@@ -128,17 +135,33 @@ def _protocol(config: RunConfig, asked: str | None = None) -> str:
     return protocol_of(config.data) if protocol == "auto" else protocol
 
 
-def _train(config: RunConfig, folder: Path, dataset: Dataset, columns: list[PlannedColumn]) -> None:
-    """Fit heads in a run folder, measure them, index them and write the report; MLflow sees it all."""
+def _validation(config: RunConfig, dataset: Dataset, columns: Sequence[PlannedColumn]) -> Validation:
+    """What measures a run, with the cache opened: before the run's folder is made.
+
+    Raises:
+        CacheError: a column is missing.
+        ConfigError: the protocol is COCO's, and the split that is evaluated has not as many images.
+    """
     inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
-    with _alone(folder), _tracked(config, folder, dataset, _identities(columns)) as tracker:
-        work = Work(config.train, inputs, config.data.train, validation, tracker.log)
+    found = len(validation.reader.split(validation.split)[0])
+    if validation.protocol == "coco" and found != COCO_IMAGES:
+        raise ConfigError(
+            f"the split {validation.split!r} has {found} images with features, and COCO's protocol, five folds of "
+            f"1,000, needs {COCO_IMAGES}; measure the whole split with --evaluate.protocol full"
+        )
+    return validation
+
+
+def _train(config: RunConfig, folder: Path, validation: Validation, columns: Sequence[PlannedColumn]) -> None:
+    """Fit heads in a run folder, measure them, index them and write the report; MLflow sees it all."""
+    with _alone(folder), _tracked(config, folder, validation.reader.dataset, _identities(columns)) as tracker:
+        work = Work(config.train, validation.inputs, config.data.train, validation, tracker.log)
         untrained = _measure_untrained(work, validation)
         print(f"run {folder.name}: untrained heads reach rSum {untrained.rsum:.1f}; training", flush=True)
         fitted = fit(work, folder)
-        again = f"python -m pipeline run {config.method} --dataset {config.data.dataset}"
-        again += f" --root {config.data.root}" if config.data.root else ""
+        again = f"python -m pipeline run {shlex.quote(str(_shown(folder) / CONFIG_FILE))}"
+        again += " --name ''" if config.name else ""
         again += " --train.lr 5e-4     # a second experiment: nothing is extracted again"
         _conclude(config, folder, validation, dataclasses.asdict(fitted), {"untrained": untrained}, again, tracker)
 
@@ -163,13 +186,13 @@ def _conclude(
         again: a command that the user may type next.
         tracker: of the run.
     """
-    model, embedded = _finish_model(config, folder / "model", validation)
+    model, embedded, correction = _finish_model(config, folder / "model", validation)
     took = {**took, "parameters": sum(parameter.numel() for parameter in model.parameters())}
-    publish(folder / "training.json", json.dumps(took, indent=1).encode())
-    trained, others = measure(folder, "", validation, model, embedded)
+    publish(folder / TRAINING_FILE, json.dumps(took, indent=1).encode())
+    trained, others = measure(folder, "", validation, model, embedded, config.data.train)
     keep_hits(folder, trained, embedded.owner, validation.content())
     if model.indexable:
-        build_index(model, validation.reader, folder / "index")
+        build_index(model, validation.reader, folder / "index", correction)
     reports = {"trained": trained, **beside, **{other.title: other.report for other in others}}
     page = pages.write_run_page(folder, config, reports, model, validation.reader, embedded)
     tracker.log(_final_numbers(trained, others, took), 0)
@@ -248,7 +271,9 @@ def _measure_untrained(work: Work, validation: Validation) -> Report:
         return validation.report(model, embedded)
 
 
-def _finish_model(config: RunConfig, folder: Path, validation: Validation) -> tuple[Embedder, EmbeddedSplit]:
+def _finish_model(
+    config: RunConfig, folder: Path, validation: Validation
+) -> tuple[Embedder, EmbeddedSplit, HubnessCorrection | None]:
     """Store with the trained model what is chosen or fitted after training: local share, correction, codebook.
 
     Args:
@@ -257,7 +282,7 @@ def _finish_model(config: RunConfig, folder: Path, validation: Validation) -> tu
         validation: on the split that the share is chosen on.
 
     Returns:
-        The model, and the embeddings of that split.
+        The model, the embeddings of that split, and the correction if one is wanted and possible.
     """
     model, inputs = open_model(folder)
     reader, embedded = validation.reader, validation.embed(model)
@@ -271,7 +296,7 @@ def _finish_model(config: RunConfig, folder: Path, validation: Validation) -> tu
     if config.train.objective.quantization.weight:
         print(f"codes: fitting the codebook to the index vectors of {config.data.train}", flush=True)
         save_codebook(fit_codes(model, reader, config.data.train, config.train.objective.quantization), folder)
-    return model, embedded
+    return model, embedded, correction
 
 
 def _final_numbers(trained: Report, others: Sequence[Measured], took: Mapping[str, float]) -> dict[str, float]:
@@ -284,11 +309,10 @@ def _summary(
     folder: Path, dataset: Dataset, told: Sequence[str], page: Path, again: str, tracker: tracking.Tracker
 ) -> str:
     """What is printed at the end: what was measured, where everything is, and what to type next."""
-    try:
-        shown = folder.relative_to(Path.cwd())
-    except ValueError:
-        shown = folder
     indexed = (folder / "index").exists()
+    query = shlex.join([str(_shown(folder)), min(dataset.captions, key=len)])
+    store = shlex.quote(tracker.uri)
+    look = f"mlflow ui --backend-store-uri {store}" if "sqlite" in tracker.uri else f"open {store}"
     return "\n".join(
         [
             "",
@@ -300,19 +324,32 @@ def _summary(
             f"mlflow  {tracker.uri}, experiment {tracker.experiment}",
             "",
             "what to type next",
-            *([f'  python -m pipeline search {shown} "{min(dataset.captions, key=len)}"'] if indexed else []),
+            *([f"  python -m pipeline search {query}"] if indexed else []),
             f"  {again}",
-            f"  mlflow ui --backend-store-uri {tracker.uri}" if "sqlite" in tracker.uri else f"  open {tracker.uri}",
+            f"  {look}",
         ]
     )
 
 
+def _shown(folder: Path) -> Path:
+    """A folder as it is typed from here."""
+    try:
+        return folder.relative_to(Path.cwd())
+    except ValueError:
+        return folder
+
+
 def run(config: RunConfig) -> Path:
-    """The whole road; returns the run's folder."""
+    """The whole road; returns the run's folder.
+
+    Raises:
+        ConfigError: the protocol does not fit the split that is evaluated.
+    """
     with ray_session(config.ray):
         dataset, columns = featurize(config)
+        validation = _validation(config, dataset, columns)
         folder = _new_run(config, dataset, _identities(columns))
-        _train(config, folder, dataset, columns)
+        _train(config, folder, validation, columns)
     return folder
 
 
@@ -321,22 +358,21 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         CacheError: a column is missing.
+        ConfigError: the protocol does not fit the split that is evaluated.
     """
     dataset = _index(config)
     columns = _plan(config, dataset)
-    for column in columns:
-        open_column(dataset, column.name, column.id)
+    validation = _validation(config, dataset, columns)
     folder = _new_run(config, dataset, _identities(columns))
-    _train_with_ray_if_needed(config, folder, dataset, columns)
+    _train_with_ray_if_needed(config, folder, validation, columns)
     return folder
 
 
-def _train_with_ray_if_needed(config: RunConfig, folder: Path, dataset: Dataset, columns: list[PlannedColumn]) -> None:
-    if config.train.workers == 0:
-        _train(config, folder, dataset, columns)
-        return
-    with ray_session(config.ray):
-        _train(config, folder, dataset, columns)
+def _train_with_ray_if_needed(
+    config: RunConfig, folder: Path, validation: Validation, columns: Sequence[PlannedColumn]
+) -> None:
+    with nullcontext() if config.train.workers == 0 else ray_session(config.ray):
+        _train(config, folder, validation, columns)
 
 
 def resume(folder: Path, changes: Mapping[str, str]) -> Path:
@@ -354,12 +390,15 @@ def resume(folder: Path, changes: Mapping[str, str]) -> Path:
     config = merge(_settings(folder), changes, "command line")
     if config.method == ENSEMBLE:
         raise ConfigError(f"{folder} joins other runs and has nothing to train; resume those, or join them again")
-    _train_with_ray_if_needed(config, folder, *_pinned(folder))
+    dataset, columns = _pinned(folder)
+    _train_with_ray_if_needed(config, folder, _validation(config, dataset, columns), columns)
     return folder
 
 
 def join(folders: list[Path], name: str) -> Path:
     """Make one run of several finished ones: their models' vectors side by side in one index, measured like any run.
+
+    A join that was interrupted is begun anew; it holds nothing that is not made again.
 
     Args:
         folders: of two or more runs, trained on the same columns of one cache.
@@ -368,7 +407,7 @@ def join(folders: list[Path], name: str) -> Path:
     Raises:
         train.models.ModelError: a run is not finished or reads other columns than the first.
         train.config.SettingsError: a model has no vector.
-        ConfigError: there is only one run, or the name cannot be a folder's.
+        ConfigError: there is only one run, one is not finished, or the name cannot be a folder's.
     """
     if len(folders) < 2:
         raise ConfigError(f"found one run to join, {folders[0].name}; name two or more")
@@ -378,15 +417,45 @@ def join(folders: list[Path], name: str) -> Path:
     members = [folder / "model" for folder in folders]
     _, inputs = open_ensemble(members)
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
+    took = [_took(folder) for folder in folders]
     identities = {ref.name: ref.id for ref in inputs.columns()}
+    if name:
+        _discard_unfinished_join(Path(config.runs).absolute() / name)
     folder = _new_run(config, validation.reader.dataset, identities)
     with _alone(folder), _tracked(config, folder, validation.reader.dataset, identities) as tracker:
         save_ensemble(folder / "model", members)
-        took = [json.loads((member / "training.json").read_text("utf-8")) for member in folders]
         sums = {key: sum(one[key] for one in took) for key in ("seconds", "steps")}
-        again = f"python -m pipeline compare {' '.join(str(one) for one in [*folders, folder])}"
+        again = f"python -m pipeline compare {shlex.join(map(str, [*folders, _shown(folder)]))}"
         _conclude(config, folder, validation, sums, {}, again, tracker)
     return folder
+
+
+def _took(folder: Path) -> dict[str, float]:
+    """What training took.
+
+    Raises:
+        ConfigError: the run did not come so far.
+    """
+    try:
+        found: dict[str, float] = json.loads((folder / TRAINING_FILE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} is not finished ({error}); continue it with `train --resume {folder}`, then join"
+        ) from error
+    return found
+
+
+def _discard_unfinished_join(folder: Path) -> None:
+    """Remove a join that did not come to its end.
+
+    Raises:
+        ConfigError: another process is at work on it.
+    """
+    if not (folder / CONFIG_FILE).exists() or (folder / pages.RUN_PAGE).exists():
+        return
+    if _settings(folder).method == ENSEMBLE:
+        with _alone(folder):
+            shutil.rmtree(folder)
 
 
 def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
@@ -399,7 +468,7 @@ def evaluate(folder: Path, split: str | None, protocol: str | None) -> None:
     chosen = split or config.data.evaluate
     validation = Validation(inputs, chosen, _protocol(config, protocol), config.evaluate.tile)
     embedded = validation.embed(model)
-    report, others = measure(folder, f"-{chosen}", validation, model, embedded)
+    report, others = measure(folder, f"-{chosen}", validation, model, embedded, config.data.train)
     if chosen == config.data.evaluate:
         keep_hits(folder, report, embedded.owner, validation.content())
     print(report.as_table(), *others, sep="\n")
@@ -419,9 +488,11 @@ def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corre
     """Answer queries, each a text or a picture's file, with files and distances; on a page too, if one is named.
 
     Raises:
-        ConfigError: a picture's file cannot be read.
+        ConfigError: a picture's file cannot be read, or the page cannot be written.
         featurize.images.decode.DecodeError: a picture cannot be decoded.
     """
+    if page is not None:
+        _check_page(page)
     asked = [Path(text) if _is_picture(text) else text for text in queries]
     pictures = {query: _read_picture(query) for query in asked if isinstance(query, Path)}
     searcher = Searcher.open(folder)
@@ -435,6 +506,13 @@ def search(folder: Path, queries: list[str], k: int, page: Path | None, *, corre
     if page is not None:
         pages.write_search_page(page, folder.name, answers)
         print(f"\npage {page}")
+
+
+def _check_page(page: Path) -> None:
+    """Refuse, before anything is searched, a page that cannot be written."""
+    above = next(folder for folder in page.absolute().parents if folder.exists())
+    if page.is_dir() or not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ConfigError(f"--page {page}: expected an HTML file in a folder that can be written to")
 
 
 def _is_picture(text: str) -> bool:

@@ -17,7 +17,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -54,6 +54,19 @@ class TrackingError(RuntimeError):
     """MLflow cannot be used: what is wrong, and what to do."""
 
 
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """What JSON lines say; half a line, which a killed process or a full disk left, is passed over."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run logged, oldest first: `step`, `time` and `metrics` of each time that it did."""
+    path = folder / METRICS_FILE
+    return list(_records(path.read_bytes().splitlines())) if path.exists() else []
+
+
 class _Journal:
     """A file of JSON lines that are written down now and sent later."""
 
@@ -83,16 +96,13 @@ class _Journal:
         They count as sent when the next ones are asked for: not if the caller fails before.
         """
         while not self.complete():
-            offset, records = self._sent(), []
+            offset = self._sent()
             with self.path.open("rb") as file:
                 file.seek(offset)
                 lines = [line for line in file.readlines(250_000) if line.endswith(b"\n")]
             if not lines:
                 return  # the only line is still being written
-            for line in lines:
-                with contextlib.suppress(json.JSONDecodeError):  # half a line: its step is replayed anyway
-                    records.append(json.loads(line))
-            yield records
+            yield list(_records(lines))  # the step of half a line is replayed anyway
             _write(self._sent_path, str(offset + sum(map(len, lines))))
 
     def _sent(self) -> int:

@@ -66,6 +66,14 @@ def test_lookup_tables_hold_squared_distances_to_codewords():
                 assert tables[s, q, m].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_lookup_tables_hold_no_difference_of_every_query_and_codeword(largest):
+    """Beside the tables, (S, Q, M), there would be (S, Q, M, E/S): here 16 times as much."""
+    codebook = ProductCodebook(64, 4, 16)
+    with largest:
+        lookup_tables(codebook, randn(100, 64))
+    assert largest.elements == 4 * 100 * 16
+
+
 @pytest.mark.parametrize("tile", [3, 4096])
 def test_search_equals_distances_to_decoded_items(tile):
     """Of equally near items (40 in 256 cells, some twice) the lower row comes first."""

@@ -52,6 +52,12 @@ def test_distances_that_are_not_numbers_are_refused():
         )
 
 
+@pytest.mark.parametrize("tile", [0, -1])
+def test_a_tile_that_holds_nothing_is_refused(tile):
+    with pytest.raises(EvaluationError, match=f"tile: expected at least 1, found {tile}"):
+        rank_compared(vectors(5, 0), vectors(len(OWNER), 1), OWNER, tile, distances=by_vector)
+
+
 def comparing():
     """A host that compares parts."""
     tower = TowerConfig(vectors=(), parts=("x",))

@@ -92,7 +92,7 @@ def test_coco_is_the_5k_and_the_mean_of_five_folds():
 
 def test_coco_needs_5000_images():
     split = tensors(*split_of(1000, 2, noise=0.3))
-    with pytest.raises(EvaluationError, match=r"needs the 5000 images .*, found 1000; use the full protocol"):
+    with pytest.raises(EvaluationError, match=r"needs the 5000 images .*, found 1000; measure with the protocol full"):
         evaluate_coco(*split, split="test")
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import struct
 from html.parser import HTMLParser
 
 import numpy as np
@@ -167,6 +168,17 @@ def test_thumbnails_are_small_jpegs(searched, data, size):
 def test_thumbnails_stand_upright(searched):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
+    (thumbnail,) = searched(Answer(picture(640, 480, kind="JPEG", exif=exif), [])).pictures()
+    assert thumbnail.size == (120, 160)
+
+
+def test_thumbnails_are_what_the_encoders_saw(searched):
+    """Transparency is white; a tag of another type than PIL would write does not cost the page."""
+    (thumbnail,) = searched(Answer(picture(64, 64, mode="RGBA"), [])).pictures()
+    assert thumbnail.getpixel((32, 32)) == (255, 255, 255)
+    turned = struct.pack("<HHII", 0x0112, 3, 1, 6)  # orientation, SHORT
+    odd = struct.pack("<HHI4s", 0x0128, 2, 2, b"2\0")  # unit of the resolution, as text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + odd + struct.pack("<I", 0)
     (thumbnail,) = searched(Answer(picture(640, 480, kind="JPEG", exif=exif), [])).pictures()
     assert thumbnail.size == (120, 160)
 

@@ -1,6 +1,7 @@
 """The command line: help that names everything, mistakes that end in one line, arguments that arrive."""
 
 import ast
+import errno
 import os
 import resource
 import subprocess
@@ -386,6 +387,33 @@ def test_ctrl_c_elsewhere(stages, capsys, run_folder):
     assert "stopped; the same command starts again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), "error: not allowed ([Errno 13] Permission"),
+        (OSError(errno.EROFS, "Read-only file system", "/cache"), "error: not allowed ([Errno 30] Read-only"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: no room on the disk ([Errno 28] No space"),
+    ],
+)
+def test_places_that_cannot_be_written_to(stages, capsys, error, told):
+    def refused(*_):
+        raise error
+
+    stages(run=refused)
+    assert main(["run", "less"]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_encoders_in_files_are_known_by_their_absolute_path(stages, tmp_path, monkeypatch):
+    """Workers have other working directories, and so may whoever searches later."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dino").mkdir()
+    fake = stages()
+    assert main(["featurize", "less", "--featurize.images", "transformers:dino"]) == 0
+    ((_, config),) = fake.calls
+    assert config.featurize.images == (f"transformers:{tmp_path}/dino",)
+
+
 # submit
 
 
@@ -403,14 +431,14 @@ def test_submit_resolves_settings_here(submitted, tmp_path, monkeypatch, command
     monkeypatch.chdir(tmp_path)
     Path("my.yaml").write_text("recipe: infonce\ntrain: {lr: 0.5}\n")
     argv = ["submit", "--no-wait", command, "my.yaml", "--dataset", "coco", "--root", "d", "--address", "http://h:1"]
-    assert main([*argv, "--python", "python3", "--train.epochs", "2", "--name", "mine", "--runs", "s3://b/r"]) == 1
+    assert main([*argv, "--python", "python3", "--train.epochs", "2", "--name", "mine", "--cache", "s3://b/c"]) == 1
     config = merge(
         RECIPES["infonce"].config,
         {
             "train": {"lr": 0.5, "epochs": 2},
             "data": {"dataset": "coco", "root": str(tmp_path / "d")},
-            "cache": str(tmp_path / "cache"),
-            "runs": "s3://b/r",
+            "cache": "s3://b/c",
+            "runs": str(tmp_path / "runs"),
             "name": "mine",
         },
         "",

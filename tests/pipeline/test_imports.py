@@ -6,8 +6,7 @@ import pytest
 from featurize.index import open_dataset
 from pipeline import upkeep
 from pipeline.__main__ import main
-from pipeline.config import RunConfig, merge
-from pipeline.jobs import absolute
+from pipeline.config import RunConfig, absolute_encoders, merge
 
 SMALL = [
     *("--data.scenes.train", "12", "--data.scenes.val", "6", "--data.scenes.test", "2"),
@@ -63,11 +62,11 @@ def test_export_says_what_it_left_out(monkeypatch, capsys, left_out, text):
     assert text in capsys.readouterr().out
 
 
-def test_a_job_gets_imports_by_their_absolute_path(tmp_path, monkeypatch):
+def test_imports_are_known_by_their_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bua.h5").touch()
     changes = {"featurize.images": ("import:bua.h5",), "featurize.texts": ("import:/data/clip",)}
-    changed = absolute(merge(RunConfig(), changes, "")).featurize
+    changed = absolute_encoders(merge(RunConfig(), changes, "")).featurize
     assert (changed.images, changed.texts) == ((f"import:{tmp_path}/bua.h5",), ("import:/data/clip",))
 
 

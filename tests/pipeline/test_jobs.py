@@ -21,7 +21,7 @@ from ray.job_submission import JobStatus
 
 from pipeline import jobs
 from pipeline.__main__ import main
-from pipeline.config import RunConfig, merge
+from pipeline.config import RunConfig, absolute_encoders, merge
 from pipeline.jobs import JobError, absolute, submit
 
 
@@ -106,7 +106,9 @@ def test_encoders_in_files_become_absolute_and_names_stay(tmp_path, monkeypatch)
         "regions:fasterrcnn_resnet50_fpn@gone.pth+torchvision:resnet50@random:7",
     )
     texts = ("transformers:dino", "transformers:BAAI/bge-small-en", "minilm")
-    changed = absolute(merge(RunConfig(), {"featurize.images": images, "featurize.texts": texts}, "")).featurize
+    changed = absolute_encoders(
+        merge(RunConfig(), {"featurize.images": images, "featurize.texts": texts}, "")
+    ).featurize
     here = str(tmp_path)
     assert changed.images == (
         f"torchvision:resnet50@{here}/resnet.pth",

@@ -1,6 +1,7 @@
 """The road of a run on a small data set: everything real, each command a user would type."""
 
 import json
+import shlex
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from evaluate.embed import embed_split
 from evaluate.hubness import HubnessCorrection
 from evaluate.search import Searcher
 from evaluate.tune import SHARES
+from featurize.datasets.sample import Sample
 from featurize.texts import open_text_encoder
 from pipeline.__main__ import main
 from pipeline.config import RayConfig, RunConfig, load_yaml, merge
@@ -163,6 +165,21 @@ def test_a_corrected_search_sets_hubs_back(done):
     assert [hit.sample.image_id for hit in hits] == [items[int(row)] for row in order]
 
 
+def test_the_bias_of_an_image_is_stored_with_the_index(done, monkeypatch):
+    searcher = Searcher.open(done)
+    vectors = torch.from_numpy(searcher.index.vectors.copy())
+    expected = HubnessCorrection.open(done / "model" / "hubness.safetensors").bias(vectors, "images")
+    assert searcher.index.items["hubness"].to_numpy() == pytest.approx(expected.numpy())
+    monkeypatch.setattr(HubnessCorrection, "bias", lambda *_: pytest.fail("computed again"))
+    assert len(searcher.search("a red ball", k=5, corrected=True)) == 5
+
+
+def test_a_correction_is_not_measured_on_what_it_was_fitted_to(done, capsys):
+    assert type_in("evaluate", done, "--split", "train") == 0
+    assert "corrected" not in capsys.readouterr().out
+    assert not (done / "metrics-train-corrected.json").exists()
+
+
 def test_without_training_queries_there_is_no_correction(place, done, capsys):
     arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "plain")
     assert type_in("run", "less", *arguments, *SMALL, "--evaluate.hubness.queries", "0") == 0
@@ -227,6 +244,39 @@ def test_runs_are_joined_to_one_model(place, done, reseeded, capsys):
     assert type_in("join", done, reseeded, "--name", "my run") == 2
     assert "error: join: name: found 'my run', expected letters, digits and" in capsys.readouterr().err
     assert not (place / "runs" / "three").exists()
+
+
+def test_a_join_that_was_interrupted_is_made_again(place, done, reseeded, monkeypatch, capsys):
+    from pipeline import stages
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "_conclude", interrupt)
+        assert type_in("join", done, reseeded, "--name", "broken-join") == 130
+    assert "the same command starts again" in capsys.readouterr().err
+    folder = place / "runs" / "broken-join"
+    with FileLock(folder / ".lock"):
+        assert type_in("join", done, reseeded, "--name", "broken-join") == 2
+    assert "another process is at work on this run" in capsys.readouterr().err
+    assert type_in("join", done, reseeded, "--name", "broken-join") == 0
+    finished = (folder / "metrics.json").read_bytes()
+    assert type_in("join", done, reseeded, "--name", "broken-join") == 2
+    assert "exists; give another --name" in capsys.readouterr().err
+    assert (folder / "metrics.json").read_bytes() == finished
+    assert type_in("join", done, reseeded, "--name", done.name) == 2
+    assert (done / "metrics.json").exists()
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_member_that_is_not_finished_is_told_before_a_run_is_made(place, done, reseeded, tmp_path, capsys):
+    member = tmp_path / "member"
+    shutil.copytree(reseeded, member)
+    (member / "training.json").unlink()
+    assert type_in("join", done, member, "--name", "early") == 2
+    assert f"{member} is not finished" in capsys.readouterr().err
+    assert not (place / "runs" / "early").exists()
 
 
 def test_an_unfinished_run_cannot_be_compared(done, tmp_path, capsys):
@@ -307,6 +357,49 @@ def test_the_page_shows_pictures_and_numbers(done):
     assert f"{json.loads((done / 'metrics.json').read_text())['rsum']:.1f}" in page
 
 
+def test_the_page_has_names_where_pictures_are_gone(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(Sample, "read", lambda _: (_ for _ in ()).throw(FileNotFoundError()))
+    run = tmp_path / "elsewhere"
+    shutil.copytree(done, run)
+    assert type_in("train", "--resume", run) == 0
+    page = (run / "report.html").read_text("utf-8")
+    assert page.count("(its picture is not at hand)") == 5
+    assert "data:image/jpeg;base64," not in page
+
+
+def test_half_a_line_of_metrics_does_not_cost_the_page(done, tmp_path):
+    run = tmp_path / "torn"
+    shutil.copytree(done, run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "ti\n\0\0\0\n')
+    (run / "report.html").unlink()
+    assert type_in("train", "--resume", run) == 0
+    assert "loss" in (run / "report.html").read_text("utf-8")
+
+
+def test_what_to_type_next_can_be_typed(place, done, monkeypatch, capsys):
+    """In a folder whose name must be quoted, and with settings that no recipe has."""
+    monkeypatch.chdir(place)
+    arguments = ("--cache", "cache", "--runs", "my runs", "--name", "a+b", *SMALL)
+    assert type_in("run", "less", *arguments) == 0
+    lines = capsys.readouterr().out.partition("what to type next\n")[2].splitlines()
+    search, again = (shlex.split(line, comments=True) for line in lines[:2])
+    assert search[:5] == ["python", "-m", "pipeline", "search", "my runs/a+b"]
+    assert type_in(*search[3:]) == 0
+    assert again[:5] == ["python", "-m", "pipeline", "run", "my runs/a+b/config.yaml"]
+    capsys.readouterr()
+    assert type_in(*again[3:]) == 0
+    assert "columns found, 0 rows to extract" in capsys.readouterr().out
+
+
+def test_a_split_that_does_not_fit_the_protocol_is_told_before_a_run_is_made(place, done, capsys):
+    arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "coco", *SMALL)
+    assert type_in("train", "less", *arguments, "--evaluate.protocol", "coco") == 2
+    expected = "the split 'val' has 16 images with features, and COCO's protocol, five folds of 1,000, needs 5000; mea"
+    assert expected in capsys.readouterr().err
+    assert not (place / "runs" / "coco").exists()
+
+
 def test_a_second_experiment_extracts_nothing(place, done, capsys):
     arguments = ("--cache", place / "cache", "--runs", place / "runs", "--name", "second")
     assert type_in("run", "less", *arguments, *SMALL, "--train.lr", "1e-3") == 0
@@ -336,6 +429,14 @@ def test_search_answers_text_and_pictures_with_files_and_distances(place, done, 
     assert lines[3][2] == picture
     assert distances[3] < 0.05
     assert page.read_text("utf-8").count("data:image/jpeg;base64,") == 7
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_model_is_opened(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Searcher, "open", lambda _: pytest.fail("the model was opened"))
+    (tmp_path / "file").touch()
+    for page in (tmp_path, tmp_path / "file" / "page.html", "."):
+        assert type_in("search", done, "a red ball", "--page", page) == 2
+        assert f"--page {page}: expected an HTML file in a folder that can be written to" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_asked_is_told_before_the_model_is_opened(done, tmp_path, monkeypatch, capsys):
