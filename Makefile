@@ -41,5 +41,5 @@ format: .venv/.ready ## rewrite the files in the house style
 bench: .venv/.ready ## ratios, each measured in one run: extraction, its checks, caches elsewhere, imports, training, ranks
 	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-clean: ## remove what running made (not .venv)
-	rm -rf cache runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove the caches of the tools (features, runs and .venv stay)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
