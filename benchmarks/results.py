@@ -27,6 +27,7 @@ import torch
 from evaluate.intervals import Clusters, bootstrap, paired_bootstrap
 from featurize.extract import WORKER_ENV
 from pipeline.measuring import read_hits
+from pipeline.pages import RUN_PAGE
 
 RESULTS = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- tables: benchmarks/results.py -->", "<!-- end of tables -->"
@@ -176,7 +177,7 @@ def asked(title: str, given: argparse.Namespace) -> bool:
 
 def finished(folder: Path) -> bool:
     """Whether a run came to its end."""
-    return (folder / "report.html").exists()
+    return (folder / RUN_PAGE).exists()
 
 
 def train(row: Row, seed: int, folder: Path, given: argparse.Namespace) -> None:

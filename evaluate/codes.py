@@ -124,13 +124,12 @@ def open_codebook(folder: Path) -> ProductCodebook:
     return codebook
 
 
-def encode(codebook: ProductCodebook, embeddings: Tensor, tile: int = TILE) -> Tensor:
+def encode(codebook: ProductCodebook, embeddings: Tensor) -> Tensor:
     """The codes (N, S) uint8 of embeddings (N, E): in each sub-space, the number of the nearest codeword.
 
     Args:
         codebook: with at most 256 codewords in each sub-space.
         embeddings: (N, E).
-        tile: rows that are encoded at once.
 
     Raises:
         EvaluationError: the codebook has more codewords than a byte can name, or the shape does not fit.
@@ -142,10 +141,7 @@ def encode(codebook: ProductCodebook, embeddings: Tensor, tile: int = TILE) -> T
         raise EvaluationError(
             f"found embeddings of shape {tuple(embeddings.shape)}; the codebook expects (N, {subspaces * width})"
         )
-    codes = torch.empty(len(embeddings), subspaces, dtype=torch.uint8, device=embeddings.device)
-    for first in range(0, len(embeddings), tile):
-        codes[first : first + tile] = codebook.encode(embeddings[first : first + tile])
-    return codes
+    return codebook.encode(embeddings).to(torch.uint8)
 
 
 def lookup_tables(codebook: ProductCodebook, queries: Tensor) -> Tensor:

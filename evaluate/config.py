@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from featurize.config import require
+
 
 @dataclass(frozen=True)
 class HubnessConfig:
@@ -19,12 +21,9 @@ class HubnessConfig:
 
     def __post_init__(self) -> None:
         """Refuse, before anything is trained, what no correction can be fitted with afterwards."""
-        if self.queries < 0:
-            raise ValueError(f"queries: found {self.queries}, expected 0 (no correction) or more")
-        if self.strength < 0:
-            raise ValueError(f"strength: found {self.strength}, expected 0 (changes nothing) or more")
-        if self.sharpness <= 0:
-            raise ValueError(f"sharpness: found {self.sharpness}, expected more than 0; queries 0 means no correction")
+        require(self, lambda n: n >= 0, "0 (no correction) or more", "queries")
+        require(self, lambda n: n >= 0, "0 (changes nothing) or more", "strength")
+        require(self, lambda n: n > 0, "more than 0; queries 0 means no correction", "sharpness")
 
 
 @dataclass(frozen=True)
@@ -40,5 +39,4 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Refuse a tile that holds nothing."""
-        if self.tile < 1:
-            raise ValueError(f"tile: found {self.tile}, expected 1 or more")
+        require(self, lambda n: n >= 1, "1 or more", "tile")

@@ -1,9 +1,27 @@
 """The settings of this package: which data, and how frozen networks describe it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 View = Literal["plain", "flip", "crop", "crop2", "crop3", "crop4"]
+
+
+def require(config: object, fits: Callable[[float], bool], expected: str, *names: str) -> None:
+    """Refuse a config in which a number does not fit.
+
+    Args:
+        config: a dataclass.
+        fits: whether a number does.
+        expected: in words.
+        names: of the fields.
+
+    Raises:
+        ValueError: one does not; the message begins with the field's name.
+    """
+    for name in names:
+        if not fits(value := getattr(config, name)):
+            raise ValueError(f"{name}: found {value}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -108,13 +126,7 @@ class FeaturizeConfig:
 
     def __post_init__(self) -> None:
         """Refuses numbers that nothing can be described with, a time limit that no image could keep, and odd shares."""
-        for name in ("rows_per_shard", "image_batch", "text_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
-        for name in ("cpus_per_task", "gpus_per_task"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.max_quarantined <= 1:
-            raise ValueError(f"max_quarantined: found {self.max_quarantined}, expected a share from 0 to 1")
-        if not 0 < self.decode_timeout <= 86_400:
-            raise ValueError(f"decode_timeout: found {self.decode_timeout}, expected seconds above 0, a day at most")
+        require(self, lambda n: n >= 1, "1 or more", "rows_per_shard", "image_batch", "text_batch")
+        require(self, lambda n: n >= 0, "0 or more", "cpus_per_task", "gpus_per_task")
+        require(self, lambda n: 0 <= n <= 1, "a share from 0 to 1", "max_quarantined")
+        require(self, lambda n: 0 < n <= 86_400, "seconds above 0, a day at most", "decode_timeout")

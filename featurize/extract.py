@@ -36,7 +36,7 @@ from featurize.manifest import (
     write_record,
 )
 from featurize.places import Place, found, is_full, publish, remove_file
-from featurize.shards import Array, row_key, to_int8, write_shard
+from featurize.shards import Array, largest_number, row_key, to_int8, write_shard
 from featurize.sharing import KnownRow, is_sound, read_row
 
 # One core a worker, and an allocator that keeps the pages of large activations instead of giving them back to the
@@ -218,7 +218,7 @@ def _not_finite(task: ShardTask, key: str, values: Array, output: Output) -> str
     if output.dtype == "int32":
         return ""
     largest = float(np.abs(values).max(initial=0.0))  # NaN if one is
-    limit = float(np.finfo(np.float32 if output.dtype == "float32" else np.float16).max)
+    limit = largest_number(output.dtype)
     if largest <= limit:
         return ""
     who = f"{task.encoder} says"

@@ -159,6 +159,11 @@ def _key_at(data: Array, start: int) -> str:
     return name.decode("ascii", "replace").removesuffix(".npy")
 
 
+def largest_number(dtype: str) -> float:
+    """The largest feature that a type of columns holds; int8 is made of float16."""
+    return float(np.finfo(np.float32 if dtype == "float32" else np.float16).max)
+
+
 def to_int8(values: Array) -> Array:
     """Numbers (..., D) as records (...,) of a float32 scale and D int8 values, by the largest absolute number."""
     exact = values.astype(np.float32)

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import yaml
 
 from evaluate.config import EvaluateConfig
-from featurize.config import DataConfig, FeaturizeConfig
+from featurize.config import DataConfig, FeaturizeConfig, require
 from train.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
@@ -50,10 +50,8 @@ class RayConfig:
 
     def __post_init__(self) -> None:
         """Refuses sizes that Ray would refuse later and less clearly."""
-        if self.cpus < 0:
-            raise ValueError(f"cpus: found {self.cpus}, expected 0 (all) or more")
-        if self.object_store_mb < 80:
-            raise ValueError(f"object_store_mb: found {self.object_store_mb}, expected 80 or more")
+        require(self, lambda n: n >= 0, "0 (all) or more", "cpus")
+        require(self, lambda n: n >= 80, "80 or more", "object_store_mb")
 
 
 @dataclass(frozen=True)

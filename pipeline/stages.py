@@ -135,14 +135,17 @@ def _protocol(config: RunConfig, asked: str | None = None) -> str:
     return protocol_of(config.data) if protocol == "auto" else protocol
 
 
-def _validation(config: RunConfig, dataset: Dataset, columns: Sequence[PlannedColumn]) -> Validation:
+def _inputs(config: RunConfig, dataset: Dataset, columns: Sequence[PlannedColumn]) -> Inputs:
+    return Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
+
+
+def _validation(config: RunConfig, inputs: Inputs) -> Validation:
     """What measures a run, with the cache opened: before the run's folder is made.
 
     Raises:
         CacheError: a column is missing.
         ConfigError: the protocol is COCO's, and the split that is evaluated has not as many images.
     """
-    inputs = Inputs.of(dataset.folder, columns, config.train, config.featurize.precision)
     validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
     found = len(validation.reader.split(validation.split)[0])
     if validation.protocol == "coco" and found != COCO_IMAGES:
@@ -347,7 +350,7 @@ def run(config: RunConfig) -> Path:
     """
     with ray_session(config.ray):
         dataset, columns = featurize(config)
-        validation = _validation(config, dataset, columns)
+        validation = _validation(config, _inputs(config, dataset, columns))
         folder = _new_run(config, dataset, _identities(columns))
         _train(config, folder, validation, columns)
     return folder
@@ -362,7 +365,7 @@ def train(config: RunConfig) -> Path:
     """
     dataset = _index(config)
     columns = _plan(config, dataset)
-    validation = _validation(config, dataset, columns)
+    validation = _validation(config, _inputs(config, dataset, columns))
     folder = _new_run(config, dataset, _identities(columns))
     _train_with_ray_if_needed(config, folder, validation, columns)
     return folder
@@ -391,7 +394,7 @@ def resume(folder: Path, changes: Mapping[str, str]) -> Path:
     if config.method == ENSEMBLE:
         raise ConfigError(f"{folder} joins other runs and has nothing to train; resume those, or join them again")
     dataset, columns = _pinned(folder)
-    _train_with_ray_if_needed(config, folder, _validation(config, dataset, columns), columns)
+    _train_with_ray_if_needed(config, folder, _validation(config, _inputs(config, dataset, columns)), columns)
     return folder
 
 
@@ -416,7 +419,7 @@ def join(folders: list[Path], name: str) -> Path:
     config = merge(_settings(folders[0]), {**own, **codes}, "join")
     members = [folder / "model" for folder in folders]
     _, inputs = open_ensemble(members)
-    validation = Validation(inputs, config.data.evaluate, _protocol(config), config.evaluate.tile)
+    validation = _validation(config, inputs)
     took = [_took(folder) for folder in folders]
     identities = {ref.name: ref.id for ref in inputs.columns()}
     if name:

@@ -1,8 +1,9 @@
 """The settings of this package: towers, objective, optimisation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
+
+from featurize.config import require
 
 Mining = Literal["hardest", "sum", "mean", "weighted"]
 AggregatorName = Literal["mean", "max", "attention", "gpo", "netvlad", "memory", "none"]
@@ -11,13 +12,6 @@ ContextName = Literal["none", "bigru", "transformer", "graph"]
 
 class SettingsError(ValueError):
     """Settings that do not fit each other or the data: what was found, what was expected."""
-
-
-def _require(config: object, fits: Callable[[float], bool], expected: str, *names: str) -> None:
-    """Refuse a config in which one of these numbers does not fit."""
-    for name in names:
-        if not fits(value := getattr(config, name)):
-            raise ValueError(f"{name}: found {value}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -61,9 +55,9 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no tower can be made with."""
-        _require(self, lambda n: n >= 1, "1 or more", "vocabulary", "min_frequency", "heads")
-        _require(self, lambda n: n >= 0, "0 (one linear layer) or more", "width", "part_width")
-        _require(self, lambda n: 0 <= n < 1, "0 (none) or more, below 1", "bag_dropout", "input_dropout", "dropout")
+        require(self, lambda n: n >= 1, "1 or more", "vocabulary", "min_frequency", "heads")
+        require(self, lambda n: n >= 0, "0 (one linear layer) or more", "width", "part_width")
+        require(self, lambda n: 0 <= n < 1, "0 (none) or more, below 1", "bag_dropout", "input_dropout", "dropout")
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse a space without dimensions."""
-        _require(self, lambda n: n >= 1, "1 or more", "dim")
+        require(self, lambda n: n >= 1, "1 or more", "dim")
 
 
 @dataclass(frozen=True)
@@ -330,15 +324,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be trained with, or that would quietly mean something else."""
-        _require(self, lambda n: n >= 1, "1 or more", "epochs", "cpus_per_worker")
-        _require(self, lambda n: n > 0, "more than 0", "lr")
-        _require(self, lambda n: n >= 0, "0 or more", "weight_decay", "seed", "workers", "max_failures")
-        _require(self, lambda n: n >= 0, "0 (no clipping) or more", "clip")
-        _require(self, lambda n: n >= 0, "0 (never) or more", "patience")
-        _require(self, lambda n: n >= 0, "0 (after each epoch only) or more", "checkpoint_steps")
-        _require(self, lambda n: n >= 0, "0 (all shards) or more", "window")
-        _require(self, lambda n: 0 <= n <= 1, "a share, 0 to 1", "warmup")
-        _require(self, lambda n: 0 <= n < 1, "0 (no average) or more, below 1", "ema")
+        require(self, lambda n: n >= 1, "1 or more", "epochs", "cpus_per_worker")
+        require(self, lambda n: n > 0, "more than 0", "lr")
+        require(self, lambda n: n >= 0, "0 or more", "weight_decay", "seed", "workers", "max_failures")
+        require(self, lambda n: n >= 0, "0 (no clipping) or more", "clip")
+        require(self, lambda n: n >= 0, "0 (never) or more", "patience")
+        require(self, lambda n: n >= 0, "0 (after each epoch only) or more", "checkpoint_steps")
+        require(self, lambda n: n >= 0, "0 (all shards) or more", "window")
+        require(self, lambda n: 0 <= n <= 1, "a share, 0 to 1", "warmup")
+        require(self, lambda n: 0 <= n < 1, "0 (no average) or more, below 1", "ema")
 
 
 PLACEMENT = ("workers", "cpus_per_worker", "gpu", "max_failures", "checkpoint_steps")

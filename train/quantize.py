@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from train.config import SettingsError
 
 DEAD = 0.05  # form B: a codeword used less than this share of the average begins again
-ENCODED = 4096  # form B: embeddings of a first sample that are encoded at once, each against S · M codewords
+TILE = 4096  # form B: embeddings that are encoded at once, each against S · M codewords
 NEAREST_RATIO = 100.0  # form A starts with the nearest centre weighing this many times the second nearest
 
 
@@ -217,7 +217,7 @@ class ProductCodebook(nn.Module):
         self.rotation.copy_(dealt_axes(embeddings, subspaces))
         pieces = self.pieces(embeddings)
         self.codewords.copy_(torch.stack([kmeans(piece, codewords, seed=seed) for piece in pieces]))
-        codes = torch.cat([self.encode(some) for some in torch.split(embeddings, ENCODED)])
+        codes = self.encode(embeddings)
         self.counts.copy_(self._counted(codes))
         error = (embeddings - self.decode(codes)).square().sum(1).mean()
         self.spread.copy_((error / subspaces).clamp_min(torch.finfo(torch.float32).tiny))
@@ -281,7 +281,8 @@ class ProductCodebook(nn.Module):
         Returns:
             (N, S) int64, 0 to M-1.
         """
-        return affinities(self.pieces(z), self.codewords).argmax(-1).T
+        found = [affinities(self.pieces(some), self.codewords).argmax(-1).T for some in torch.split(z, TILE)]
+        return torch.cat(found)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The embeddings (N, E) that codes (N, S), integers from 0 to M-1, stand for."""

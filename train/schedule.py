@@ -127,7 +127,7 @@ class Schedule:
 
     @cached_property
     def groups(self) -> int:
-        """Images with their captions of one time, over an epoch."""
+        """How many times an epoch takes an image, with `together` of its captions or fewer."""
         _, counts = np.unique(self.caption_image, return_counts=True)
         return int((-(-counts // self.together)).sum())
 

@@ -10,7 +10,7 @@ from featurize.datasets.sample import DataError, Sample
 from featurize.encoder import Card, Output
 from featurize.imports.matching import Place, locate
 from featurize.imports.source import ById, Modality, Source
-from featurize.shards import Array
+from featurize.shards import Array, largest_number
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,6 @@ class ImportedRows:
     def part(self, rows: Sequence[int]) -> "ImportedRows":
         """Some of these rows."""
         return ImportedRows(self.cache, tuple(self.places[row] for row in rows))
-
-
-_FLOAT16, _FLOAT32 = (float(np.finfo(dtype).max) for dtype in (np.float16, np.float32))
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class FeatureFile:
                 raise DataError(f"{self.path}: {self._row(row)} holds numbers beyond 32 bits")
             return values.astype(np.int32)
         largest = float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
-        limit = _FLOAT32 if output.dtype == "float32" else _FLOAT16
+        limit = largest_number(output.dtype)
         if largest > limit:
             raise DataError(
                 f"{self.path}: {self._row(row)} holds {largest:g} in {output.name!r}, beyond the {limit:g} that can be "

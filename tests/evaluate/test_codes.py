@@ -21,6 +21,7 @@ from evaluate.codes import (
 )
 from evaluate.protocols import evaluate_full
 from evaluate.ranks import EvaluationError
+from train import quantize
 from train.config import QuantizationConfig, SettingsError
 from train.quantize import ProductCodebook
 
@@ -42,9 +43,10 @@ def bytes_of():
 
 
 @pytest.mark.parametrize("tile", [7, 4096])
-def test_codes_are_the_nearest_codewords_in_one_byte_each(tile):
+def test_codes_are_the_nearest_codewords_in_one_byte_each(tile, monkeypatch):
+    monkeypatch.setattr(quantize, "TILE", tile)
     codebook, z = small(), randn(30, 8, seed=2)
-    codes = encode(codebook, z, tile)
+    codes = encode(codebook, z)
     assert codes.dtype == torch.uint8
     assert codes.shape == (30, 2)
     rotated = z @ codebook.rotation

@@ -201,7 +201,7 @@ def test_no_room_where_a_shard_is_written_before_it_is_uploaded(pictures, bucket
         extract_shard(task)
 
 
-def answering(monkeypatch, change):
+def changed_answers(monkeypatch, change):
     """The network's answers for images and captions, changed."""
 
     def changed(describe):
@@ -222,7 +222,7 @@ def test_an_image_of_which_the_network_says_nothing_is_quarantined(pictures, tmp
             rows[2][7, 3] = value
         return rows
 
-    answering(monkeypatch, change)
+    changed_answers(monkeypatch, change)
     dataset = index(pictures[:4], "scenes", tmp_path, max_quarantined=0)
     config = replace(CONFIG, views=("plain",))
     columns = plan(dataset, config, ("pooled", "grid"), ())
@@ -257,7 +257,7 @@ def test_numbers_beyond_the_type_are_refused(pictures, tmp_path, monkeypatch, st
         rows[1][5] = -70000
         return rows
 
-    answering(monkeypatch, change)
+    changed_answers(monkeypatch, change)
     dataset = index(pictures[:4], "scenes", tmp_path, max_quarantined=0)
     config = replace(CONFIG, views=("plain",), storage=storage)
     columns = plan(dataset, config, ("pooled",), ())
@@ -271,7 +271,7 @@ def test_every_caption_has_values(pictures, tmp_path, monkeypatch):
         rows[3][0] = np.nan
         return rows
 
-    answering(monkeypatch, change)
+    changed_answers(monkeypatch, change)
     dataset = index(pictures[:4], "scenes", tmp_path, max_quarantined=0)
     (task,), _ = tasks_for(dataset, CONFIG, plan(dataset, CONFIG, (), ("sentence",)))
     with pytest.raises(
